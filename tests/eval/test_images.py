@@ -1,0 +1,131 @@
+"""Reconstruction metrics against their definitions, and a tokenizer that keeps nothing but block means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from unitok.config import make_recipe
+from unitok.eval.images import block_mean, contact_sheet, psnr, run, ssim
+
+
+def pictures(n=4, size=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 8, 8, generator=g)
+    fine = torch.rand(n, 3, size, size, generator=g)
+    return 0.7 * nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") + 0.3 * fine
+
+
+def test_psnr_is_the_mean_of_per_image_values():
+    reference = torch.full((2, 3, 8, 8), 0.5)
+    made = reference.clone()
+    made[0] += 0.1
+    made[1] += 0.001
+    assert psnr(made, reference).tolist() == pytest.approx([20.0, 60.0], abs=1e-3)
+    pooled = -10 * math.log10((made - reference).square().mean())
+    assert psnr(made, reference).mean() > pooled + 10
+    assert psnr(reference, reference).tolist() == [100.0, 100.0]
+
+
+def test_ssim_equals_its_definition_pixel_by_pixel():
+    a, b = pictures(1, 16, 0), pictures(1, 16, 1)
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for channel in range(3):
+        x, y = a[0, channel].double().numpy(), b[0, channel].double().numpy()
+        for top in range(6):
+            for left in range(6):
+                p, q = x[top : top + 11, left : left + 11], y[top : top + 11, left : left + 11]
+                mp, mq = (weights * p).sum(), (weights * q).sum()
+                vp, vq = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum()
+                cov = (weights * (p - mp) * (q - mq)).sum()
+                above = (2 * mp * mq + 1e-4) * (2 * cov + 9e-4)
+                values.append(above / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    assert ssim(a, b).item() == pytest.approx(np.mean(values), abs=1e-9)
+    assert ssim(a, a).item() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least 11"):
+        ssim(a[..., :8], b[..., :8])
+
+
+def test_block_means_are_the_best_picture_of_one_colour_a_cell():
+    images = pictures()
+    blocks = block_mean(images, (8, 8))
+    cells = images.reshape(4, 3, 8, 4, 8, 4).mean((3, 5))
+    assert torch.allclose(blocks, cells.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    assert torch.allclose(block_mean(blocks, (8, 8)), blocks)
+    worse = [psnr(block_mean(images, grid), images).mean() for grid in [(1, 1), (4, 4), (8, 8), (16, 16)]]
+    assert worse == sorted(worse)
+    assert torch.equal(block_mean(images, (8, 8, 2)), blocks)
+    assert torch.equal(block_mean(images, (75,)), blocks)  # a grid without rows: 8 x 8 cells fit into 75
+    assert torch.equal(block_mean(images, (64, 64)), images)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        psnr(pictures(2), pictures(4))
+
+
+class Blocks(nn.Module):
+    """A stand-in tokenizer: `levels` grey values a cell and channel, so large `levels` keep the block means exactly."""
+
+    image_size, resize, codebook_sizes = 32, "squash-bicubic", (256,)
+
+    def __init__(self, cells):
+        super().__init__()
+        self.cells = cells
+
+    def grid(self, height=None, width=None):
+        return (self.cells, self.cells, 3)
+
+    def preprocess(self, image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+
+    def encode(self, images):
+        cells = nn.functional.adaptive_avg_pool2d(images, self.cells)
+        return (cells.permute(0, 2, 3, 1).flatten(1) * 255).round().long()
+
+    def decode(self, codes, grid=None):
+        cells = codes.view(-1, *grid).permute(0, 3, 1, 2) / 255
+        return nn.functional.interpolate(cells, size=(32, 32), mode="nearest")
+
+
+def test_a_block_mean_tokenizer_is_no_better_than_the_baseline(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, image in enumerate(pictures(10)):
+        Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(
+            tmp_path / "in" / f"{i}.png"
+        )
+    values = {
+        "kind": "evaluation",
+        "task": "images",
+        "data": str(tmp_path / "in"),
+        "batch_size": 4,
+        "out": str(tmp_path / "out"),
+    }
+    scores = {s.name: s for s in run(Blocks(8), make_recipe(values))}
+    assert scores["psnr"].n == 10 and scores["psnr"].protocol["grid"] == [[8, 8, 3]]
+    assert scores["psnr"].value == pytest.approx(scores["psnr"].baselines["block_mean"], abs=0.05)
+    assert scores["psnr"].baselines["one_colour"] < scores["psnr"].value - 3
+    assert scores["ssim"].baselines["one_colour"] < scores["ssim"].value
+    sheet = Image.open(tmp_path / "out" / "reconstructions.png")
+    assert sheet.width > 4 * 96 and sheet.height > 3 * 96
+
+    exact = {s.name: s for s in run(Blocks(32), make_recipe({**values, "out": None}))}
+    assert exact["psnr"].value == 100 and exact["ssim"].value == pytest.approx(1)
+
+
+def test_the_contact_sheet_shows_pixels_as_they_are():
+    images = torch.zeros(2, 3, 8, 8)
+    images[1, 0] = 1.0
+    sheet = contact_sheet({"one": images, "two": [Image.new("RGB", (16, 8), "blue")]}, cell=16, gap=2)
+    assert sheet.size == (2 + 2 * 18, 2 + 2 * 32)
+    assert sheet.getpixel((10, 20)) == (0, 0, 0) and sheet.getpixel((28, 20)) == (255, 0, 0)
+    assert sheet.getpixel((10, 52)) == (0, 0, 255)
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet({"none": []})

@@ -1,0 +1,289 @@
+"""Recipes: YAML files that a verb runs, as pydantic models. An unknown key is an error that names it.
+
+`load_recipe("tokenizers/fsq.yaml", ["steps=100", "data.0.path=pictures"])`. Relative paths are relative to the current
+folder; `${UNITOK_DATA}` is the one variable that is expanded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+VARIABLE = "UNITOK_DATA"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+# --- parts of recipes -----------------------------------------------------------------------------------------------
+
+
+class DataSource(Section):
+    path: str
+    columns: dict[str, str] = {}  # our name -> the file's
+    weight: float = Field(1.0, gt=0)
+    limit: Count | None = None
+    images_only: bool = False
+
+
+class ShardSource(Section):
+    shards: str
+    weight: float = Field(1.0, gt=0)
+    flip: Fraction = 0.0  # share of documents whose caption and image change places
+    caption_drop: Fraction = 0.0  # share of captions replaced by the template's null prompt
+    loss: Literal["default", "all"] = "default"
+
+
+class TokenizerArguments(BaseModel):
+    """The registry name or `module:Class`, and the class's own arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Lora(Section):
+    rank: Count = 32
+    alpha: float = Field(64, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    rows: Literal["new", "none"] = "new"  # train the rows of codes and controls
+
+
+class Samples(Section):
+    prompts: list[str] = []
+    questions: list[str] = []
+
+
+def _as_list(value: Any) -> Any:
+    """`data: folder` is short for `data: [{path: folder}]`."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+DataSources = Annotated[list[DataSource], BeforeValidator(_as_list)]
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+class TokenizerRecipe(Section):
+    kind: Literal["tokenizer"]
+    tokenizer: TokenizerArguments
+    data: DataSources = Field(min_length=1)
+    out: str
+    stage: str = "main"
+    init_from: str | None = None  # a saved tokenizer to start from, as a later stage does
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, weights stay float32
+    steps: Count
+    batch_size: Count  # pictures a step, over all processes
+    lr: float = Field(gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)  # steps
+    schedule: Schedule = "cosine"
+    ema: Fraction | None = None
+    grad_clip: float | None = Field(1.0, gt=0)
+    flush_denormal: bool = True
+    checkpoint_every: Count = 500
+    sample_every: Count = 500
+    log_every: Count = 20
+    workers: int = Field(0, ge=0)
+    eval_images: int = Field(256, ge=0)
+
+
+class LanguageModelRecipe(Section):
+    kind: Literal["language_model"]
+    model: str
+    data: list[ShardSource] = Field(min_length=1)
+    out: str
+    seed: int = 0
+    method: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+    length: Count  # ids of a packed row
+    batch_size: Count  # packed rows a process takes at once
+    accumulate: Count = 1  # such batches a step
+    steps: Count
+    lr: float = Field(gt=0)
+    schedule: Schedule = "cosine"
+    warmup: int = Field(0, ge=0)  # steps
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0)
+    template: dict[str, Any] = {}  # changes to the model's template, kept in the result's manifest
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    deepspeed: str | None = None  # a DeepSpeed JSON file
+    time_limit_s: Count | None = None
+    checkpoint_every: Count = 500
+    log_every: Count = 20
+    sample_every: Count = 500
+    samples: Samples = Samples()
+    image_weight: float = Field(1.0, ge=0)
+    text_weight: float = Field(1.0, ge=0)
+
+
+class EvaluationRecipe(Section):
+    kind: Literal["evaluation"]
+    version: int = 1  # raised when a change of the recipe makes scores incomparable
+    task: str
+    model: str | None = None
+    data: DataSources = []
+    train: DataSources = []  # where shots and text baselines come from; never scored
+    n: Count | None = None  # rows scored; None: all
+    seed: int = 0
+    shots: int = Field(0, ge=0)
+    batch_size: Count = 16
+    guidance: float | tuple[float, float] = 1.0  # one scale, or (text, image)
+    temperature: float | None = Field(None, ge=0)  # None: the task's own; questions and captions are greedy
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    out: str | None = None
+    options: dict[str, Any] = {}  # the task's own
+
+
+Recipe = TokenizerRecipe | LanguageModelRecipe | EvaluationRecipe
+KINDS: dict[str, type[Section]] = {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(Recipe)}
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with `a.b=c` overrides (values are YAML; list items by number); errors are one line."""
+    where = f"recipe {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such recipe: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: cannot be read as text: {error}") from error
+    values = _parse(text, where)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override, where)
+    return make_recipe(_expand(values, where), where)
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """The model of a recipe given as plain values; ValueError of one line, starting with `where`."""
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{where}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    try:
+        return KINDS[kind].model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_explain(KINDS[kind], error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and no, off, y as words (YAML 1.2), and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+for _letter in "yYnNoO":
+    _resolvers = _Loader.yaml_implicit_resolvers.get(_letter, [])
+    _Loader.yaml_implicit_resolvers[_letter] = [r for r in _resolvers if r[0] != "tag:yaml.org,2002:bool"]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}: not YAML{line}: {getattr(error, 'problem', None) or error}") from error
+
+
+def _override(values: dict[str, Any], override: str, where: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"{where}: override {override!r} must have the form key=value or key.key=value")
+    value, place = _parse(text, f"{where}: override {override!r}"), values
+    for i, key in enumerate(keys):
+        here = ".".join(keys[:i])
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise ValueError(f"{where}: override {override!r}: {here!r} has items 0..{len(place) - 1}, not {key!r}")
+            key = int(key)
+        elif not isinstance(place, dict):
+            raise ValueError(f"{where}: override {override!r}: {here!r} is a plain value, it has no {key!r}")
+        if i == len(keys) - 1:
+            place[key] = value
+        elif isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\$\{(\w+)\}", value):
+        if name != VARIABLE:
+            raise ValueError(f"{where}: ${{{name}}} is not expanded; ${{{VARIABLE}}} is the one variable of recipes")
+        if not os.environ.get(VARIABLE):
+            raise ValueError(f"{where}: {value!r} needs the environment variable {VARIABLE}, which is not set")
+    return value.replace(f"${{{VARIABLE}}}", os.environ.get(VARIABLE, ""))
+
+
+def _explain(model: type[Section], error: ValidationError) -> str:
+    """The first fault as one line; unknown keys come first, since they often explain the missing ones."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+        return f"unknown key {name!r}{hint}{more}"
+    if fault["type"] == "missing":
+        return f"missing key {name!r}{more}"
+    got = textwrap.shorten(repr(fault["input"]), 60, placeholder=" ...")
+    return f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {got}{more}"
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `loc`, by walking annotations."""
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)

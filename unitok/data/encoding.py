@@ -1,0 +1,187 @@
+"""Rows -> documents whose pictures are codes: parse, read and resize in threads, encode in batches.
+
+Shapes: B pictures, H x W pixels, N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from unitok.data.schema import Document, parse_row
+from unitok.data.sources import Row, decode_image, read_bytes
+
+if TYPE_CHECKING:
+    from unitok.tokenizers.base import ImageTokenizer
+
+_CACHE_BYTES = 512 << 20  # codes of earlier pictures kept, so that a picture met again is not encoded again
+
+
+class Picture(NamedTuple):
+    codes: np.ndarray  # int32 [N]
+    grid: tuple[int, ...]
+    words: str | None
+
+
+class Encoder:
+    """Rows -> documents with codes. A shard depends on its rows and on the shards before it, on nothing else."""
+
+    def __init__(self, tokenizer: ImageTokenizer, name: str, batch_size: int, workers: int, strict: bool):
+        self.tokenizer, self.name, self.batch_size, self.strict = tokenizer, name, batch_size, strict
+        self.cache: dict[str, Picture] = {}  # by sha256, oldest first
+        self.cached_bytes = self.distinct = 0
+        self.books: dict[tuple[int, ...], np.ndarray] = {}
+        self.counts = [np.zeros(size, dtype=np.int64) for size in tokenizer.codebook_sizes]
+        self.executor = ThreadPoolExecutor(workers) if workers else None
+        self.ahead = batch_size + 2 * workers  # pictures read before they are asked for
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor:
+            self.executor.shutdown(cancel_futures=True)
+
+    def shard(self, rows: Iterable[Row]) -> tuple[list[Document], list[tuple[str, str]], int]:
+        """-> documents, (where, reason) of unusable rows, number of rows."""
+        drafts: list[tuple[str, list[Document] | str]] = []  # a row's documents (Part.image is a slot), or the reason
+        slots: list[str | ValueError] = []  # sha256 of each picture, or why it cannot be used
+        fresh: dict[str, Picture] = {}
+        waiting: dict[tuple[int, ...], dict[str, Any]] = {}  # by shape: pictures are batched as they come
+
+        for slot, found in self._read(self._draft(rows, drafts, slots)):
+            if isinstance(found, ValueError):
+                slots[slot] = found
+                continue
+            slots[slot], pixels = found
+            if pixels is None or slots[slot] in fresh:
+                continue
+            batch = waiting.setdefault(tuple(pixels.shape), {})
+            batch[slots[slot]] = pixels
+            if len(batch) == self.batch_size:
+                fresh |= self._encode(waiting.pop(tuple(pixels.shape)))
+        for batch in waiting.values():
+            fresh |= self._encode(batch)
+
+        documents, bad = [], []
+        for where, draft in drafts:
+            try:
+                if isinstance(draft, str):
+                    raise ValueError(draft)
+                finished = [self._fill(document, slots, fresh) for document in draft]
+            except ValueError as error:
+                if self.strict:
+                    raise ValueError(f"{where}: {error}") from None
+                bad.append((where, str(error)))
+            else:
+                documents += finished
+        self.absorb((p.sha256, p.codes, p.grid, p.words) for d in documents for p in d.parts if p.codes is not None)
+        return documents, bad, len(drafts)
+
+    def _draft(self, rows: Iterable[Row], drafts: list, slots: list) -> Iterator[tuple[int, Any]]:
+        """Parse rows into `drafts` and hand out each picture once: (slot, picture)."""
+        known: dict[Any, int] = {}
+        for where, row, base in rows:
+            try:
+                parsed = parse_row(row, where=where, base=base)
+            except ValueError as error:
+                drafts.append((where, str(error)))
+                if self.strict:  # nothing after the first bad row matters
+                    return
+                continue
+            documents: list[Document] = []
+            handed: list[tuple[int, Any]] = []
+            for document in parsed:
+                parts = []
+                for part in document.parts:
+                    if part.type == "image":
+                        key = len(slots) if isinstance(part.image, bytes) else part.image  # bytes are not kept
+                        slot = known.setdefault(key, len(slots))
+                        if slot == len(slots):
+                            slots.append("")
+                            handed.append((slot, part.image))
+                        part = replace(part, image=slot)
+                    parts.append(part)
+                documents.append(replace(document, parts=tuple(parts)))
+            drafts.append((where, documents))
+            yield from handed
+
+    def _read(self, pictures: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """(slot, picture) -> (slot, (sha256, pixels or None if known) or ValueError), in order."""
+        if self.executor is None:
+            yield from ((slot, self._load(image)) for slot, image in pictures)
+            return
+        queue: deque = deque()
+        for slot, image in pictures:
+            queue.append((slot, self.executor.submit(self._load, image)))
+            if len(queue) > self.ahead:
+                slot, future = queue.popleft()
+                yield slot, future.result()
+        yield from ((slot, future.result()) for slot, future in queue)
+
+    def _load(self, image: Any) -> tuple[str, Any] | ValueError:
+        try:
+            data = read_bytes(image)
+            sha256 = hashlib.sha256(data).hexdigest()
+            return sha256, None if sha256 in self.cache else self.tokenizer.preprocess(decode_image(data))
+        except ValueError as error:
+            return error
+
+    def _encode(self, batch: dict[str, Any]) -> dict[str, Picture]:
+        import torch
+
+        images = torch.stack(list(batch.values()))  # [B, 3, H, W]
+        grid = tuple(self.tokenizer.grid(*images.shape[2:]))
+        codes = self.tokenizer.encode(images).cpu()  # [B, N]
+        words = self.tokenizer.to_text(codes) if self.tokenizer.vocabulary == "text" else [None] * len(codes)
+        rows = codes.numpy().astype(np.int32)
+        return {sha256: Picture(row, grid, text) for sha256, row, text in zip(batch, rows, words, strict=True)}
+
+    def _fill(self, document: Document, slots: list[str | ValueError], fresh: dict[str, Picture]) -> Document:
+        parts = []
+        for part in document.parts:
+            if part.type == "image":
+                sha256 = slots[part.image]
+                if isinstance(sha256, ValueError):
+                    raise ValueError(f"image {part.source!r}: {sha256}" if part.source else f"image: {sha256}")
+                codes, grid, words = fresh.get(sha256) or self.cache[sha256]
+                part = replace(part, image=None, codes=codes, grid=grid, words=words, tokenizer=self.name,
+                               sha256=sha256)  # fmt: skip
+            parts.append(part)
+        return replace(document, parts=tuple(parts))
+
+    def absorb(self, pictures: Iterable[tuple[str, np.ndarray, tuple[int, ...], str | None]]) -> None:
+        """Remember the pictures of a finished shard, and count their codes; the same after a restart."""
+        for sha256, codes, grid, words in pictures:
+            if sha256 not in self.cache:
+                self.cache[sha256] = Picture(codes, grid, words)
+                self.cached_bytes += codes.nbytes
+                self.distinct += 1
+                books = self._books(tuple(grid))
+                for book, counts in enumerate(self.counts):
+                    counts += np.bincount(codes[books == book], minlength=len(counts))
+        while self.cached_bytes > _CACHE_BYTES:
+            self.cached_bytes -= self.cache.pop(next(iter(self.cache))).codes.nbytes
+
+    def _books(self, grid: tuple[int, ...]) -> np.ndarray:
+        """int64 [N]: the codebook of each token."""
+        if grid not in self.books:
+            self.books[grid] = self.tokenizer.token_codebook(grid).numpy()
+        return self.books[grid]
+
+    def census(self) -> list[dict[str, Any]]:
+        """Of each codebook over distinct pictures: its size, codes used and dead, and the entropy of their use."""
+        found = []
+        for book, counts in enumerate(self.counts):
+            used = int((counts > 0).sum())
+            shares = counts[counts > 0] / max(1, counts.sum())
+            entropy = float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0.0
+            found.append({"codebook": book, "size": len(counts), "used": used, "dead": len(counts) - used,
+                          "entropy": round(entropy, 6)})  # fmt: skip
+        return found

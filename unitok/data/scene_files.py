@@ -1,0 +1,236 @@
+"""Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
+
+    python -m unitok.data.scene_files OUT [--setting demo|full] [--pictures N ...]
+
+    images/SPLIT/*.png
+    eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model
+    train_captions.jsonl         {"image", "text"}                         no held-out pair in any train_ file
+    train_questions.jsonl        {"image", "question", "answers", ...}
+    train_shots.jsonl            {"messages": [...]}: interleaved documents of 1 to 5 pictures with a question each
+    train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
+    SPLIT_captions.jsonl         {"image", "captions": every true caption}      SPLIT: validation, test
+    SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
+    SPLIT_prompts.jsonl          {"prompt", "claim"}: to draw; the claim is what a judge checks
+
+Every picture of `validation` and `test` holds at least one held-out pair; `test_seen` holds train pairs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unitok.checkpoint import read_json, write_atomic, write_json
+from unitok.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    NUMBERS,
+    OPPOSITE,
+    PAIRS,
+    SETTINGS,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    Question,
+    Scene,
+    Setting,
+    all_captions,
+    random_caption,
+    random_scene,
+    questions,
+    render_scene,
+)
+
+DONE = "scenes.json"  # written last: the arguments that made the folder
+MAX_SHOTS = 4
+SPLITS = {  # which pairs a split shows; seeds differ by position
+    "eyes": {},
+    "train": {"pairs": TRAIN_PAIRS},
+    "validation": {"must": HELD_OUT},
+    "test": {"must": HELD_OUT},
+    "test_seen": {"pairs": TRAIN_PAIRS},
+}
+
+
+def write_scenes(
+    out: str | Path,
+    *,
+    setting: str = "demo",
+    image_size: int = 32,
+    pictures: dict[str, int] | None = None,
+    captions: int = 1,
+    shots: int = 0,
+    texts: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Write the folder; nothing is done where it stands already, made by the same arguments.
+
+    pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
+    texts: sentences without pictures. Raises ValueError where `out` holds scenes made by other arguments.
+    """
+    out = Path(out)
+    pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
+    asked = {"setting": setting, "image_size": image_size, "pictures": pictures, "captions": captions, "shots": shots,
+             "texts": texts, "seed": seed}  # fmt: skip
+    if (out / DONE).exists():
+        made = read_json(out / DONE)
+        for key, value in asked.items():
+            if made.get(key) != value:
+                raise ValueError(f"{out} holds scenes with {key} = {made.get(key)}, not {value}: choose another folder")
+        return out
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
+    base = SETTINGS[setting]
+    drawn_as = Setting(base.counts, base.backgrounds, image_size)
+
+    for index, (split, limits) in enumerate(SPLITS.items()):
+        rng = np.random.default_rng([seed, index])
+        scenes = [random_scene(rng, drawn_as, **limits) for _ in range(pictures[split])]
+        names = list(_draw(scenes, out, split))
+        if not scenes:
+            continue
+        if split == "eyes":
+            _write(out / "eyes.jsonl", ({"image": name} for name in names))
+        elif split == "train":
+            _write_training(out, scenes, names, rng, captions=captions, shots=shots, texts=texts, setting=drawn_as)
+        else:
+            _write_scored(out, split, scenes, names, rng)
+    write_json(out / DONE, asked)
+    return out
+
+
+def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
+    folder = out / "images" / split
+    if scenes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes):
+        Image.fromarray(render_scene(scene)).save(folder / f"{i:06d}.png")
+        yield f"images/{split}/{i:06d}.png"
+
+
+def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting) -> None:
+    _write(
+        out / "train_captions.jsonl",
+        (
+            {"image": name, "text": random_caption(scene, rng)[0]}
+            for scene, name in zip(scenes, names, strict=True)
+            for _ in range(captions)
+        ),
+    )
+    asked = [questions(scene, rng) for scene in scenes]
+    rows = (_question_row(n, q, s) for n, s, qs in zip(names, scenes, asked, strict=True) for q in qs)
+    _write(out / "train_questions.jsonl", rows)
+    if shots:
+        _write(out / "train_shots.jsonl", (_shot_row(names, asked, rng) for _ in range(shots)))
+    if texts:
+        _write(out / "train_texts.jsonl", ({"parts": [{"type": "text", "text": t}]} for t in _texts(texts, rng, setting)))
+
+
+def _write_scored(out, split: str, scenes, names, rng) -> None:
+    allowed = PAIRS if split != "test_seen" else TRAIN_PAIRS  # what is asked about may be held out where pictures are
+    rows = (_question_row(n, q, s) for n, s in zip(names, scenes, strict=True) for q in questions(s, rng, allowed))
+    _write(out / f"{split}_questions.jsonl", rows)
+    _write(
+        out / f"{split}_captions.jsonl",
+        (
+            {"image": name, "captions": all_captions(scene), "objects": len(scene.things)}
+            for scene, name in zip(scenes, names, strict=True)
+        ),
+    )
+    prompts = (random_caption(scene, rng) for scene in scenes)
+    _write(out / f"{split}_prompts.jsonl", ({"prompt": text, "claim": claim.to_dict()} for text, claim in prompts))
+
+
+def _question_row(name: str, q: Question, scene: Scene) -> dict:
+    return {"image": name, "question": q.text, "answers": [q.answer], "kind": q.kind, "objects": len(scene.things)}
+
+
+def _shot_row(names: list[str], asked: list[list[Question]], rng: np.random.Generator) -> dict:
+    """One to five pictures, a question and its answer each: the later ones have exemplars before them."""
+    messages = []
+    for i in rng.choice(len(names), int(rng.integers(1, MAX_SHOTS + 2)), replace=False):
+        q = asked[i][int(rng.integers(len(asked[i])))]
+        content = [{"type": "image", "image": names[i]}, {"type": "text", "text": q.text}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": q.answer}]
+    return {"messages": messages}
+
+
+# Sentences that use the words of questions and answers without asking anything: what a base model has read somewhere.
+_SAYINGS = (
+    "how many objects there are is a number, one, two or three.",
+    "what colour the object is, and what shape, is seen from the picture.",
+    "where the one object is, seen from the other, is left, right, above or below.",
+    "yes is the opposite of no, and no is the opposite of yes.",
+    "is it so? is answered by yes or no.".replace("?", ""),
+    "zero objects are no objects.",
+    "circles, squares, triangles and crosses are shapes.",
+)
+
+
+def _texts(n: int, rng: np.random.Generator, setting: Setting) -> Iterator[str]:
+    shapes, colours = list(SHAPES), list(COLOURS)
+    sides = list(OPPOSITE)
+    for _ in range(n):
+        kind = int(rng.integers(7))
+        side, number = sides[int(rng.integers(4))], NUMBERS[int(rng.integers(1, 4))]
+        shape, colour = shapes[int(rng.integers(4))], colours[int(rng.integers(6))]
+        if kind == 0:
+            yield _SAYINGS[int(rng.integers(len(_SAYINGS)))]
+        elif kind == 1:
+            yield f"{side} is the opposite of {OPPOSITE[side]}."
+        elif kind == 2:
+            yield f"{colour} is a colour, and {shape} is a shape."
+        elif kind == 3:
+            yield f"a {shape} is an object that has the shape of a {shape}."
+        elif kind == 4:
+            yield f"the {colour} object is {colour}, yes, and has no other colour than {colour}."
+        elif kind == 5:
+            yield f"{number} is how many objects there are where there are {number}."
+        else:
+            yield random_caption(random_scene(rng, setting, TRAIN_PAIRS), rng)[0]
+
+
+def vocabulary_text(setting: str = "full", n: int = 4000, seed: int = 0) -> Iterator[str]:
+    """Sentences with every word of the scene language, to train a text tokenizer on: captions, questions, answers.
+
+    Words only: all pairs' words occur apart from each other anyway, and no picture is involved.
+    """
+    rng = np.random.default_rng([seed, 77])
+    yield from _texts(n, rng, SETTINGS[setting])
+    for _ in range(n):
+        scene = random_scene(rng, SETTINGS[setting], TRAIN_PAIRS)
+        yield random_caption(scene, rng)[0]
+        for q in questions(scene, rng):
+            yield q.text
+            yield q.answer
+    yield " ".join((*SHAPES, *COLOURS, *SIZES, *BACKGROUNDS, *NUMBERS, *OPPOSITE))
+
+
+def _write(path: Path, rows: Iterable[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write scenes as a folder of pictures and JSON lines.")
+    parser.add_argument("out")
+    parser.add_argument("--setting", default="demo", choices=list(SETTINGS))
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--captions", type=int, default=1, help="captions of each training picture")
+    parser.add_argument("--shots", type=int, default=0, help="interleaved question documents")
+    parser.add_argument("--texts", type=int, default=0, help="sentences without pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    for split in SPLITS:
+        parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=0, metavar="N", help=f"{split} pictures")
+    args = vars(parser.parse_args())
+    pictures = {split: args.pop(split) for split in SPLITS}
+    print(write_scenes(args.pop("out"), pictures=pictures, **args))
+
+
+if __name__ == "__main__":
+    main()

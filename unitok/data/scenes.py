@@ -1,0 +1,380 @@
+"""Scenes: the built-in pictures with a known truth.
+
+A scene is one to three coloured shapes on a plain background. This file draws it, names it (captions), asks about it
+(questions) and answers from the symbols alone (`answer`, the oracle that checks every question). `scene_files.py`
+writes ordinary folders of pictures and JSON lines from it; nothing after that knows about scenes, except the judge.
+
+Some (shape, colour) pairs are held out of everything a language model is trained on: see `HELD_OUT`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (222, 44, 44),
+    "green": (46, 172, 62),
+    "blue": (52, 84, 232),
+    "yellow": (246, 206, 44),
+    "purple": (164, 62, 204),
+    "cyan": (48, 204, 220),
+}
+SIZES = {"small": 4.0, "large": 6.5}  # radius in pixels of a 32-pixel picture
+BACKGROUNDS = {"black": (12, 12, 12), "white": (244, 244, 244), "gray": (128, 128, 128)}
+NUMBERS = ("zero", "one", "two", "three")
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+KINDS = ("colour", "shape", "count", "relation", "yes/no")
+
+# 5 of 24 pairs (21 %): no colour is missing twice and every shape is missing once, so that each word stays well known.
+HELD_OUT = frozenset(
+    {("circle", "red"), ("square", "green"), ("triangle", "blue"), ("cross", "yellow"), ("circle", "purple")}
+)
+PAIRS = tuple(itertools.product(SHAPES, COLOURS))
+TRAIN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)
+
+REFERENCE_SIZE = 32  # SIZES and margins are given for this picture size and scale with it
+CLEARANCE = 4  # pixels by which the dominant axis of a relation must win
+GAP = 2  # pixels between two things
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape; x, y: its centre on whole pixels, x to the right, y downwards."""
+
+    shape: str
+    colour: str
+    size: str
+    x: int
+    y: int
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return (self.shape, self.colour)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in the order captions name them first; image_size: pixels a side."""
+
+    things: tuple[Thing, ...]
+    background: str
+    image_size: int = REFERENCE_SIZE
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(d: dict) -> Scene:
+        return Scene(tuple(Thing(**t) for t in d["things"]), d["background"], d["image_size"])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things."""
+
+    counts: tuple[float, ...] = (0.5, 0.5)
+    backgrounds: tuple[str, ...] = ("black", "white")
+    image_size: int = REFERENCE_SIZE
+
+
+DEMO = Setting()
+FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
+SETTINGS = {"demo": DEMO, "full": FULL}
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def radius(size: str, image_size: int = REFERENCE_SIZE) -> float:
+    return SIZES[size] * image_size / REFERENCE_SIZE
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points (in radii from the centre, y downwards) belong to the shape."""
+    if shape == "circle":
+        return x * x + y * y <= 1
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) <= 0.9
+    if shape == "triangle":  # apex up
+        return (y <= 0.85) & (2 * np.abs(x) <= 1.1 * (y + 1))
+    if shape == "cross":
+        ax, ay = np.abs(x), np.abs(y)
+        return (np.minimum(ax, ay) <= 0.36) & (np.maximum(ax, ay) <= 1)
+    raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
+
+
+@lru_cache(maxsize=256)
+def stamp(shape: str, size: str, image_size: int = REFERENCE_SIZE, supersample: int = 8) -> np.ndarray:
+    """Coverage in [0, 1] of a shape centred in its window, float32 [2h, 2h]; h whole pixels hold the radius."""
+    r = radius(size, image_size)
+    h = int(np.ceil(r)) + 1
+    t = (np.arange(2 * h * supersample) + 0.5) / supersample - h
+    inside = _inside(shape, t[None, :] / r, t[:, None] / r).astype(np.float32)
+    return inside.reshape(2 * h, supersample, 2 * h, supersample).mean((1, 3))  # [2h, 2h]
+
+
+def render_scene(scene: Scene) -> np.ndarray:
+    """uint8 [H, W, 3], anti-aliased."""
+    n = scene.image_size
+    picture = np.empty((n, n, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    for t in scene.things:
+        alpha = stamp(t.shape, t.size, n)
+        h = len(alpha) // 2
+        y0, x0 = t.y - h, t.x - h
+        ys, xs = slice(max(y0, 0), min(y0 + 2 * h, n)), slice(max(x0, 0), min(x0 + 2 * h, n))
+        a = alpha[ys.start - y0 : ys.stop - y0, xs.start - x0 : xs.stop - x0, None]
+        picture[ys, xs] += a * (np.array(COLOURS[t.colour], np.float32) - picture[ys, xs])
+    return np.round(picture).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- drawing lots
+
+
+def relation(a: Thing, b: Thing) -> str | None:
+    """Where a is, seen from b: left, right, above, below; None where neither axis clearly wins."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(abs(dx) - abs(dy)) < CLEARANCE:
+        return None
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def random_scene(
+    rng: np.random.Generator, setting: Setting = DEMO, pairs: tuple = PAIRS, must: frozenset | None = None
+) -> Scene:
+    """A scene whose things come from `pairs` (all different); `must`: one thing at least is one of these pairs.
+
+    Every two neighbours in the order of things stand in a clear relation, and nothing touches.
+    """
+    n = setting.image_size
+    count = int(rng.choice(len(setting.counts), p=setting.counts)) + 1
+    while True:
+        chosen = [pairs[i] for i in rng.choice(len(pairs), count, replace=False)]
+        if must:
+            pool = [p for p in sorted(must) if p in pairs]
+            chosen[int(rng.integers(count))] = pool[int(rng.integers(len(pool)))]
+            if len(set(chosen)) < count:
+                continue
+        things: list[Thing] = []
+        for shape, colour in chosen:
+            size = ("small", "large")[int(rng.integers(2))]
+            edge = int(np.ceil(radius(size, n))) + 1
+            x, y = (int(v) for v in rng.integers(edge, n - edge + 1, 2))
+            things.append(Thing(shape, colour, size, x, y))
+        if all(_apart(a, b, n) for a, b in itertools.combinations(things, 2)) and all(
+            relation(a, b) for a, b in itertools.pairwise(things)
+        ):
+            return Scene(tuple(things), setting.backgrounds[int(rng.integers(len(setting.backgrounds)))], n)
+
+
+def _apart(a: Thing, b: Thing, n: int) -> bool:
+    reach = radius(a.size, n) + radius(b.size, n) + GAP
+    return max(abs(a.x - b.x), abs(a.y - b.y)) >= reach
+
+
+# ---------------------------------------------------------------- captions
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a caption says, symbolically: a thing is (shape, colour, size or None); relation: first seen from second."""
+
+    things: tuple[tuple[str, str, str | None], ...]
+    relations: tuple[str, ...] = ()
+    background: str | None = None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(d: dict) -> Claim:
+        return Claim(tuple(tuple(t) for t in d["things"]), tuple(d["relations"]), d["background"])
+
+
+def satisfies(scene: Scene, claim: Claim) -> bool:
+    """Exactly what is named is there: the number of things, every attribute and every relation named."""
+    if len(scene.things) != len(claim.things) or claim.background not in (None, scene.background):
+        return False
+    for order in itertools.permutations(scene.things):
+        fits = all(
+            t.pair == (shape, colour) and size in (None, t.size)
+            for t, (shape, colour, size) in zip(order, claim.things, strict=True)
+        )
+        if fits and all(
+            relation(a, b) == r for (a, b), r in zip(itertools.pairwise(order), claim.relations, strict=False)
+        ):
+            return True
+    return False
+
+
+def _name(thing: tuple[str, str, str | None]) -> str:
+    shape, colour, size = thing
+    return f"a {size} {colour} {shape}" if size else f"a {colour} {shape}"
+
+
+_BETWEEN = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below",),
+}
+
+
+def phrasings(claim: Claim) -> list[str]:
+    """All captions that say exactly this claim, things in its order."""
+    names = [_name(t) for t in claim.things]
+    if claim.relations:
+        bodies = [names[0]]
+        for name, r in zip(names[1:], claim.relations, strict=True):
+            bodies = [f"{b} {word} {name}" for b in bodies for word in _BETWEEN[r]]
+    else:
+        bodies = [" and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]]
+    ends = [f" on a {claim.background} background", f" on {claim.background}"] if claim.background else [""]
+    return [f"{start}{body}{end}" for start in ("", "there is ") for body in bodies for end in ends]
+
+
+def claims(scene: Scene) -> list[Claim]:
+    """All true claims captions make of a scene: with and without sizes, background, relation, in every order that
+    keeps neighbours in a clear relation."""
+    out = []
+    for order in itertools.permutations(scene.things):
+        relations = tuple(relation(a, b) for a, b in itertools.pairwise(order))
+        for sized, ground, related in itertools.product((False, True), repeat=3):
+            if related and (len(order) == 1 or None in relations):
+                continue
+            out.append(
+                Claim(
+                    tuple((t.shape, t.colour, t.size if sized else None) for t in order),
+                    relations if related else (),
+                    scene.background if ground else None,
+                )
+            )
+    return out
+
+
+def random_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
+    """A caption and what it claims; two things out of three times carry their relation."""
+    options = claims(scene)
+    weights = np.array([2.0 if c.relations or len(c.things) == 1 else 1.0 for c in options])
+    claim = options[int(rng.choice(len(options), p=weights / weights.sum()))]
+    texts = phrasings(claim)
+    return texts[int(rng.integers(len(texts)))], claim
+
+
+def all_captions(scene: Scene) -> list[str]:
+    return sorted({text for claim in claims(scene) for text in phrasings(claim)})
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """kind: one of KINDS. `about`: the symbols the oracle answers from; `names`: the (shape, colour) pairs it spells."""
+
+    kind: str
+    text: str
+    answer: str
+    about: tuple = ()
+
+    @property
+    def names(self) -> frozenset:
+        return frozenset(a for a in self.about if isinstance(a, tuple))
+
+
+def answer(scene: Scene, kind: str, about: tuple) -> str | None:
+    """The symbolic oracle; None: not answerable for this scene."""
+    things = scene.things
+    if kind == "colour":  # about: (shape,)
+        found = [t for t in things if t.shape == about[0]]
+        return found[0].colour if len(found) == 1 else None
+    if kind == "shape":  # about: (colour,)
+        found = [t for t in things if t.colour == about[0]]
+        return found[0].shape if len(found) == 1 else None
+    if kind == "count":  # about: () or (shape or colour,)
+        return NUMBERS[sum(not about or about[0] in t.pair for t in things)]
+    if kind == "yes/no":  # about: ((shape, colour),)
+        return "yes" if any(t.pair == about[0] for t in things) else "no"
+    if kind == "relation":  # about: (pair, pair), (shape, shape) or (colour, colour)
+        found = [[t for t in things if name in (t.pair, t.shape, t.colour)] for name in about]
+        if any(len(f) != 1 for f in found):
+            return None
+        return relation(found[0][0], found[1][0])
+    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(KINDS)}")
+
+
+def _noun(name: str | tuple[str, str]) -> str:
+    if isinstance(name, tuple):
+        return f"{name[1]} {name[0]}"
+    return name if name in SHAPES else f"{name} object"
+
+
+def _ask(scene: Scene, kind: str, about: tuple) -> Question | None:
+    reply = answer(scene, kind, about)
+    if reply is None:
+        return None
+    if kind == "colour":
+        text = f"what colour is the {about[0]}?"
+    elif kind == "shape":
+        text = f"what shape is the {about[0]} object?"
+    elif kind == "count":
+        text = "how many objects are there?" if not about else f"how many {_noun(about[0])}s are there?"
+        text = text.replace("crosss", "crosses")
+    elif kind == "yes/no":
+        text = f"is there a {_noun(about[0])}?"
+    else:
+        text = f"where is the {_noun(about[0])}, seen from the {_noun(about[1])}?"
+    return Question(kind, text, reply, about)
+
+
+def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS) -> list[Question]:
+    """Questions of every kind the scene can answer, at most one a kind, in random order.
+
+    `pairs`: the (shape, colour) pairs a question may name; a "no" is about an absent pair of `pairs` that shares the
+    shape or the colour of something present, so that the answer cannot be told from single words.
+    """
+    allowed = set(pairs)
+    out: list[Question | None] = []
+
+    def pick(options: list) -> object:
+        return options[int(rng.integers(len(options)))]
+
+    for kind, index in (("colour", 0), ("shape", 1)):
+        asked = [_ask(scene, kind, (t.pair[index],)) for t in scene.things]
+        valid = [q for q in asked if q]
+        out.append(pick(valid) if valid else None)
+    whole = rng.random() < 0.5
+    about = () if whole else (str(pick([*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair))),)
+    out.append(_ask(scene, "count", about))
+
+    present = [t.pair for t in scene.things]
+    yes = [p for p in present if p in allowed]
+    no = [p for p in pairs if p not in present and any(p[0] == q[0] or p[1] == q[1] for q in present)]
+    if yes and (rng.random() < 0.5 or not no):
+        out.append(_ask(scene, "yes/no", (pick(yes),)))
+    elif no and (yes or rng.random() < 0.5):
+        out.append(_ask(scene, "yes/no", (pick(no),)))
+    if len(scene.things) > 1:
+        i = int(rng.integers(len(scene.things) - 1))
+        a, b = scene.things[i], scene.things[i + 1]
+        if rng.random() < 0.5:
+            a, b = b, a
+        names = [(a.shape, b.shape), (a.colour, b.colour)]
+        if a.pair in allowed and b.pair in allowed:
+            names.append((a.pair, b.pair))
+        valid = [q for q in (_ask(scene, "relation", name) for name in names) if q]
+        if valid:
+            out.append(pick(valid))
+    kept = [q for q in out if q]
+    return [kept[i] for i in rng.permutation(len(kept))]
+
+
+def swap_background(scene: Scene, background: str) -> Scene:
+    return replace(scene, background=background)

@@ -1,0 +1,1 @@
+"""Language models: expand them with image codes, adapt them, export them."""

@@ -1,0 +1,1 @@
+"""Sampling: ids from a language model, under the grammar of a joint vocabulary."""

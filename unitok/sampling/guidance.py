@@ -1,0 +1,48 @@
+"""Classifier-free guidance as a weighted sum of branches.
+
+Branches: 0 the prompt itself, 1 the prompt with everything dropped (or a negative prompt), 2 the prompt with its text
+dropped and its images kept. With logits c, n, i of these:
+
+    one scale s:                n + s (c - n)                weights s, 1 - s, 0
+    a pair (text t, image m):   n + m (i - n) + t (c - i)    weights t, 1 - m, m - t    (InstructPix2Pix, 2211.09800)
+
+A branch of weight 0 is never computed: scale 1 is the conditional branch alone. Mixing raw logits equals mixing
+log-probabilities up to a constant of the row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+BRANCHES = 3
+
+
+def branch_weights(guidance, rows: int) -> np.ndarray:
+    """float32 [rows, 3] from a number, a tuple (text, image), or a list with one of these a row."""
+    each = [guidance] * rows if isinstance(guidance, (int, float, tuple)) else list(guidance)
+    if len(each) != rows:
+        raise ValueError(f"guidance has {len(each)} entries for {rows} rows")
+    out = np.zeros((rows, BRANCHES), np.float32)
+    for row, scale in enumerate(each):
+        if isinstance(scale, (tuple, list)):
+            if len(scale) != 2:
+                raise ValueError(f"guidance {scale!r} of row {row} is neither a number nor a pair (text, image)")
+            text, image = map(float, scale)
+        else:
+            text = image = float(scale)
+        if not (np.isfinite(text) and np.isfinite(image)):
+            raise ValueError(f"guidance {scale!r} of row {row} is not finite")
+        out[row] = text, 1 - image, image - text
+    return out
+
+
+def mix(
+    cond: torch.Tensor,  # [n, K]
+    others: torch.Tensor,  # [m, K]
+    owner: torch.Tensor,  # [m] the row of cond each of others belongs to
+    weights: torch.Tensor,  # [n]
+    other_weights: torch.Tensor,  # [m]
+) -> torch.Tensor:
+    """Guided logits [n, K]."""
+    return (cond * weights[:, None]).index_add_(0, owner, others * other_weights[:, None])

@@ -1,0 +1,123 @@
+"""Processes and devices of a training run: alone, under torchrun, or under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as hf_logging
+
+_deepspeed_used = False
+
+
+class Processes:
+    """Who this process is. Entering it prepares DeepSpeed where a JSON file is given.
+
+    DeepSpeed in a single process needs the variables a launcher would set: they are set, with a free port, and taken
+    back on leaving.
+    """
+
+    def __init__(self, deepspeed: str | None = None):
+        self.deepspeed = deepspeed
+
+    def __enter__(self) -> Processes:
+        with ExitStack() as stack:
+            if not torch.cuda.is_available():
+                torch.set_flush_denormal(True)  # denormals make CPU steps several times slower
+                self._default(stack, {"DS_ACCELERATOR": "cpu"})  # transformers imports DeepSpeed to save anything
+            if self.deepspeed:
+                _check(self.deepspeed)
+                if "RANK" not in os.environ:
+                    self._default(stack, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
+                                          "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # fmt: skip
+                _prepare_deepspeed()
+            stack.enter_context(_quiet())
+            self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            self.main = self.rank == 0
+            self.leave = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave.close()
+
+    def _default(self, stack: ExitStack, variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            if name not in os.environ:
+                os.environ[name] = value
+                stack.callback(os.environ.pop, name, None)
+
+    @staticmethod
+    def half(dtype: str) -> bool:
+        """Whether to compute in bfloat16: as told, or where a GPU can."""
+        if dtype == "auto":
+            return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return dtype == "bfloat16"
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true in all processes if it is in one."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        seen = torch.tensor([float(flag) for flag in flags], device=device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in seen.tolist())
+
+    def wait(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for every checkpoint, and no warnings of libraries about one another."""
+    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _check(path: str) -> None:
+    """ValueError for a JSON file under which no whole weights could be saved."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed: {path} cannot be read as JSON: {error}") from error
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(f"deepspeed: {path}: stage 3 needs stage3_gather_16bit_weights_on_model_save: true")
+
+
+def _prepare_deepspeed() -> None:
+    global _deepspeed_used
+    if _deepspeed_used:
+        raise ValueError("DeepSpeed trains once a process; start a new one")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("the recipe names a deepspeed file, but deepspeed is not installed (Linux only)") from error
+    _deepspeed_used = True
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # It would be compiled now, which needs ninja and a C++ compiler, and only speeds up inference. Not public.
+        compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+        if isinstance(compatible, dict):
+            compatible["deepspeed_shm_comm"] = False
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
