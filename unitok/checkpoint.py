@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 NESTS = ("state_dict", "model", "module")  # where checkpoints of others keep their table of tensors
 SHOWN = 3  # how many names an error lists
 
+BUILTIN = "builtin:"
+ASSETS = Path(__file__).parent / "assets"
+
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
@@ -70,9 +73,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def open_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
-    """A local folder as it is, else a snapshot of the Hub repository of that name; FileNotFoundError where neither."""
+    """A local folder as it is, else a snapshot of the Hub repository of that name; FileNotFoundError where neither.
+
+    `builtin:NAME` is the folder NAME of the package's assets.
+    """
     name = str(path_or_hub_id)
     folder = Path(name).expanduser()
+    if name.startswith(BUILTIN):
+        folder = ASSETS / name[len(BUILTIN) :]
+        if not folder.is_dir():
+            there = ", ".join(sorted(BUILTIN + p.name for p in ASSETS.glob("*") if p.is_dir())) or "none"
+            raise FileNotFoundError(f"{name}: no such builtin folder; there is: {there}")
     if folder.is_dir():
         return folder
     if folder.exists():

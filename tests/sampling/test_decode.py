@@ -37,8 +37,17 @@ ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB.rows, n_positions=160, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3,
-                   bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        GPT2Config(
+            vocab_size=VOCAB.rows,
+            n_positions=160,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
     ),  # fmt: skip
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **HEAD)),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=6)),
@@ -233,7 +242,8 @@ def test_mixed_batch_equals_each_row_alone(models, name, temperature):
     with torch.no_grad():  # images in the middle of text, too
         lm.get_output_embeddings().weight[begins] *= 6
     given, options = mixed_batch(24)
-    fixed = {"text_size": TEXT_SIZE, "eos_ids": [EOS], "top_k": (20, 0), "top_p": (0.9, 0.8), "temperature": temperature}
+    fixed = {"text_size": TEXT_SIZE, "eos_ids": [EOS], "temperature": temperature}
+    fixed |= {"top_k": (20, 0), "top_p": (0.9, 0.8)}
     together = generate_ids(lm, given, VOCAB, **options, **fixed)
     alone = []
     for row in range(24):

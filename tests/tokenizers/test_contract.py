@@ -10,7 +10,16 @@ from PIL import Image
 
 from unitok import tokenizers
 from unitok.manifest import Manifest
-from unitok.tokenizers.base import ImageTokenizer, load_tokenizer, tokenizer_section
+from unitok.tokenizers.base import (
+    ImageTokenizer,
+    fit,
+    load_tokenizer,
+    open_image,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    tokenizer_section,
+)
 
 
 @pytest.fixture(scope="module", params=tokenizers.names())
@@ -231,3 +240,64 @@ def test_every_stage_trains(tokenizer, images):
             loss, parts = critic.loss(batch, 0)
             loss.backward()
             assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.parameters())
+
+
+# ---- fitting pictures, the same for all
+
+
+@pytest.mark.parametrize("name", ["bicubic", "lanczos", "bilinear", "nearest"])
+def test_crop_is_scaling_the_shorter_side_and_cutting_the_centre_out(name):
+    """As openai/DALL-E's usage notebook does it, whose tokenizer needs these very pixels."""
+    rng = np.random.default_rng(0)
+    for width, height, size in [(90, 37, 16), (37, 90, 24), (16, 100, 16), (300, 200, 256), (33, 33, 8), (5, 70, 31)]:
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        ratio = size / min(width, height)
+        scaled = picture.resize((round(ratio * width), round(ratio * height)), Image.Resampling[name.upper()])
+        left, top = (round((n - size) / 2) for n in scaled.size)
+        expected = scaled.crop((left, top, left + size, top + size))
+        assert fit(picture, size, f"crop-{name}").tobytes() == expected.tobytes()
+
+
+def test_a_long_strip_is_fitted_without_becoming_huge():
+    strip = Image.new("RGB", (20_000, 3), "red")
+    strip.paste("blue", (9_990, 0, 10_010, 3))
+    assert fit(strip, 256, "crop-bicubic").getcolors() == [(256 * 256, (0, 0, 255))]
+    assert fit(strip, 8, "squash-box").size == (8, 8)
+
+
+def test_squash_is_one_resize():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 90, 3), np.uint8))
+    expected = picture.resize((16, 16), Image.Resampling.BICUBIC)
+    assert fit(picture, 16, "squash-bicubic").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("rule", ["", "squash", "stretch-bicubic", "crop-sharp", None])
+def test_unknown_rules_are_refused(rule):
+    with pytest.raises(ValueError, match=r"unknown resize rule .*: expected FIT-FILTER"):
+        fit(Image.new("RGB", (4, 4)), 2, rule)
+
+
+def test_colours_that_a_plain_conversion_gets_wrong():
+    clear = Image.new("RGBA", (2, 2), (200, 0, 0, 0))
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)  # what one sees is the paper
+    deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    assert to_rgb(deep).getpixel((0, 0)) == (128, 128, 128)
+    turned = Image.new("RGB", (4, 2))
+    turned.getexif()[0x0112] = 6  # orientation: turn by 90 degrees
+    assert to_rgb(turned).size == (2, 4)
+    with pytest.raises(ValueError, match="mode 'F'"):
+        to_rgb(Image.new("F", (2, 2)))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.png: no such file"):
+        open_image(tmp_path / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"b\.png: cannot be read as a picture"):
+        open_image(tmp_path / "b.png")
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    assert to_pil(to_tensor(picture)).tobytes() == picture.tobytes()

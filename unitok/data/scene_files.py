@@ -5,12 +5,14 @@
     images/SPLIT/*.png
     eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model
     train_captions.jsonl         {"image", "text"}                         no held-out pair in any train_ file
+    train_draw.jsonl             {"parts": [text without loss, image]}     the same captions as things to draw ...
+    train_describe.jsonl         {"parts": [image without loss, text]}     ... and as things to say
     train_questions.jsonl        {"image", "question", "answers", ...}
     train_shots.jsonl            {"messages": [...]}: interleaved documents of 1 to 5 pictures with a question each
     train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
     SPLIT_captions.jsonl         {"image", "captions": every true caption}      SPLIT: validation, test
     SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
-    SPLIT_prompts.jsonl          {"prompt", "claim"}: to draw; the claim is what a judge checks
+    SPLIT_prompts.jsonl          {"prompt", "claim", "image"}: to draw; the claim is what a judge checks
 
 Every picture of `validation` and `test` holds at least one held-out pair; `test_seen` holds train pairs only.
 """
@@ -115,14 +117,10 @@ def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
 
 
 def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting) -> None:
-    _write(
-        out / "train_captions.jsonl",
-        (
-            {"image": name, "text": random_caption(scene, rng)[0]}
-            for scene, name in zip(scenes, names, strict=True)
-            for _ in range(captions)
-        ),
-    )
+    captioned = [(n, random_caption(s, rng)[0]) for s, n in zip(scenes, names, strict=True) for _ in range(captions)]
+    _write(out / "train_captions.jsonl", ({"image": name, "text": text} for name, text in captioned))
+    for file, first in (("train_draw.jsonl", "text"), ("train_describe.jsonl", "image")):
+        _write(out / file, (_ordered_row(name, text, first) for name, text in captioned))
     asked = [questions(scene, rng) for scene in scenes]
     rows = (_question_row(n, q, s) for n, s, qs in zip(names, scenes, asked, strict=True) for q in qs)
     _write(out / "train_questions.jsonl", rows)
@@ -136,15 +134,22 @@ def _write_scored(out, split: str, scenes, names, rng) -> None:
     allowed = PAIRS if split != "test_seen" else TRAIN_PAIRS  # what is asked about may be held out where pictures are
     rows = (_question_row(n, q, s) for n, s in zip(names, scenes, strict=True) for q in questions(s, rng, allowed))
     _write(out / f"{split}_questions.jsonl", rows)
-    _write(
-        out / f"{split}_captions.jsonl",
-        (
-            {"image": name, "captions": all_captions(scene), "objects": len(scene.things)}
-            for scene, name in zip(scenes, names, strict=True)
-        ),
+    rows = (
+        {"image": name, "captions": all_captions(scene), "objects": len(scene.things)}
+        for scene, name in zip(scenes, names, strict=True)
     )
-    prompts = (random_caption(scene, rng) for scene in scenes)
-    _write(out / f"{split}_prompts.jsonl", ({"prompt": text, "claim": claim.to_dict()} for text, claim in prompts))
+    _write(out / f"{split}_captions.jsonl", rows)
+    prompts = [(name, *random_caption(scene, rng)) for scene, name in zip(scenes, names, strict=True)]
+    rows = ({"image": name, "prompt": text, "claim": claim.to_dict()} for name, text, claim in prompts)
+    _write(out / f"{split}_prompts.jsonl", rows)
+
+
+def _ordered_row(name: str, text: str, first: str) -> dict:
+    """Caption and picture in one order; only the second of them is learnt."""
+    parts = [{"type": "text", "text": text}, {"type": "image", "image": name}]
+    parts.sort(key=lambda part: part["type"] != first)
+    parts[0]["loss"] = False
+    return {"parts": parts}
 
 
 def _question_row(name: str, q: Question, scene: Scene) -> dict:

@@ -196,12 +196,12 @@ def score_readings(
         holds = METRICS[metric]
 
         def right(scenes: Mapping[str, Scene | None], against: Mapping[str, Claim]) -> dict[str, float]:
-            return {i: float(scenes[i] is not None and holds(scenes[i], against[i])) for i in ids}
+            return {i: float((scene := scenes[i]) is not None and holds(scene, against[i])) for i in ids}
 
         beside = {}
-        others = {i: _other(i, ids, claims, seed) for i in ids} if metric != "readable" else {}
-        if others and None not in others.values():
-            beside["shuffled_captions"] = right(read, {i: claims[other] for i, other in others.items()})
+        others = {i: claims[other] for i in ids if (other := _other(i, ids, claims, seed)) is not None}
+        if len(others) == len(ids) and metric != "readable":
+            beside["shuffled_captions"] = right(read, others)
         if ceiling is not None:
             beside["ceiling"] = right(ceiling, claims)
         note = {**(protocol or {}), "metric": metric}
@@ -275,8 +275,8 @@ def _everything(scene: Scene | None) -> Claim | None:
     if scene is None:
         return None
     things = tuple((t.shape, t.colour, t.size) for t in scene.things)
-    relations = tuple(relation(a, b) for a, b in itertools.pairwise(scene.things))
-    return Claim(things, () if None in relations else relations, scene.background)
+    relations = [r for a, b in itertools.pairwise(scene.things) if (r := relation(a, b)) is not None]
+    return Claim(things, tuple(relations) if len(relations) == len(things) - 1 else (), scene.background)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

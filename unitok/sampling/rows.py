@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 16  # columns allocated ahead
+ROOM = 64  # columns allocated ahead
 
 
 class GrowingLayer(DynamicLayer):

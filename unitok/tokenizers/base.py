@@ -22,6 +22,7 @@ from unitok.manifest import Manifest
 from unitok.nn.pretrained import Pretrained, read_section
 
 FITS = ("squash", "crop")
+STRIP = 16  # longer side over shorter side, beyond which a picture is cropped before it is scaled
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -203,12 +204,23 @@ def tokenizer_section(tokenizer: ImageTokenizer) -> dict[str, Any]:
 
 def load_tokenizer(path_or_hub_id: str | Path, device: str | torch.device = "cpu", *,
                    revision: str | None = None) -> ImageTokenizer:
-    """A saved tokenizer (a folder or a Hub id), in eval mode. ValueError where its files do not fit together."""
+    """A saved tokenizer (a folder or a Hub id), in eval mode. ValueError where its files do not fit together.
+
+    A model folder with one image tokenizer stands for that tokenizer.
+    """
     from unitok import tokenizers
 
-    folder = checkpoint.open_folder(path_or_hub_id, revision=revision)
+    folder = tokenizer_folder(checkpoint.open_folder(path_or_hub_id, revision=revision))
     section = read_section(ImageTokenizer, folder)
     return tokenizers.get(section["class"]).from_pretrained(folder, map_location=device)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder itself, or the one tokenizer inside a model folder; ValueError where there are several."""
+    inside = sorted(p for p in (folder / "image_tokenizers").glob("*") if p.is_dir())
+    if len(inside) > 1:
+        raise ValueError(f"{folder} has several image tokenizers: name one, such as {inside[0]}")
+    return inside[0] if inside else folder
 
 
 # ---- pictures
@@ -258,12 +270,16 @@ def fit(image: Image.Image, size: int, rule: str) -> Image.Image:
         return image
     if how == "squash":
         return image.resize((size, size), resample)
+    if max(width, height) > STRIP * min(width, height):  # the ends are cropped anyway; scaled up they would be huge
+        image = _centre(image, *(min(n, STRIP * min(width, height)) for n in image.size))
+        width, height = image.size
     scale = size / min(width, height)
-    scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
-    left, top = (round((n - size) / 2) for n in scaled)
-    # the same pixels as resizing all and cropping, but a strip of 10 x 50,000 never becomes a huge picture
-    x, y = width / scaled[0], height / scaled[1]
-    return image.resize((size, size), resample, box=(left * x, top * y, (left + size) * x, (top + size) * y))
+    return _centre(image.resize((round(width * scale), round(height * scale)), resample), size, size)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def parse_resize(rule: str) -> tuple[str, Image.Resampling]:

@@ -52,7 +52,8 @@ def read_mixture(
             manifest.check(Manifest.load(mix.shards), what=("model", "shards"))
         documents = read_shards(mix.shards)
         variants: list[list[int]] = []
-        for document in tqdm(documents, Path(mix.shards).name, unit="document", delay=2, disable=None if show else True):
+        bar = tqdm(documents, Path(mix.shards).name, unit="document", delay=2, disable=None if show else True)
+        for document in bar:
             try:
                 forms = _forms(document, mix, template)
                 pieces = {key: _fit(parts, recipe.length, vocab, text_tokenizer, template) for key, parts in forms}

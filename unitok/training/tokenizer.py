@@ -59,13 +59,13 @@ class TokenizerRun:
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe, self.out = recipe, Path(recipe.out)
         self.folder = self.out / "training"
-        several = DistributedDataParallelKwargs(find_unused_parameters=True)  # a stage need not use every parameter
-        self.accelerator = Accelerator(kwargs_handlers=[several])
+        torch.manual_seed(recipe.seed)
+        self.tokenizer = build(recipe)
+        partly = len(self.tokenizer.stages) > 1  # a stage need not use every parameter
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=partly)])
         world = self.accelerator.num_processes
         if recipe.batch_size % world:
             raise ValueError(f"batch_size {recipe.batch_size} is not divisible by the {world} processes")
-        torch.manual_seed(recipe.seed)
-        self.tokenizer = build(recipe)
         self.pictures = Pictures(
             recipe.data, self.tokenizer.preprocess, self.tokenizer.image_size, seed=recipe.seed,
             eval_images=recipe.eval_images, workers=recipe.workers,

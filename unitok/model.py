@@ -1,0 +1,386 @@
+"""UnifiedModel: a model folder opened for use. It draws, answers, describes and writes interleaved documents.
+
+    model = unitok.load("builtin:scenes")
+    model.images(["a red circle left of a blue square"], seed=0)[0].save("out.png")
+    model.answer("picture.png", "how many objects are there?")
+
+A folder holds a causal LM with image rows, its text tokenizer, `image_tokenizers/NAME/` and the manifest that says what
+the numbers mean. An adapter folder opens with its base and is merged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unitok.checkpoint import open_folder
+from unitok.data.render import Template, null_parts, question_parts, render
+from unitok.data.schema import Part, codes_part, image_part, text_part
+from unitok.data.sources import read_image
+from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
+from unitok.lm.adapters import adapter_base, is_adapter, load_adapter, merge
+from unitok.lm.expand import open_lm
+from unitok.lm.text import load_text_tokenizer, text_tokenizer_hash
+from unitok.manifest import Manifest
+from unitok.sampling.decode import generate_ids
+from unitok.tokenizers.base import ImageTokenizer, load_tokenizer, to_pil
+from unitok.vocab import JointVocab
+
+ANSWER_TOKENS = 24
+TEXT_TOKENS = 64
+BATCH = 256  # rows of one decode loop
+PICTURES = 128  # pictures encoded or decoded at once
+
+
+def load(
+    path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+) -> UnifiedModel:
+    """Open a model folder, an adapter folder or `builtin:NAME` -> UnifiedModel in eval mode.
+
+    dtype: of the LM; by default the checkpoint's own. ValueError naming the field where parts of the folder do not fit.
+    """
+    folder = open_folder(path_or_hub_id)
+    base = folder
+    if is_adapter(folder):
+        base = adapter_base(folder)
+        lm = merge(load_adapter(folder, device=device, dtype=dtype)).eval()
+    else:
+        lm = open_lm(folder, device=device, dtype=dtype)
+    manifest = Manifest.load(folder)
+    if manifest.vocab is None:
+        raise ValueError(f"{path_or_hub_id} has no image vocabulary: add one with `unitok expand`")
+    tokenizers = {name: load_tokenizer(base / "image_tokenizers" / name, device) for name in manifest.tokenizers}
+    for name, tokenizer in tokenizers.items():
+        [section] = tokenizer.manifest().tokenizers.values()
+        Manifest(tokenizers={name: section}).check(
+            Manifest(tokenizers={name: manifest.tokenizers[name]}), what=(f"image_tokenizers/{name}", "model")
+        )
+    detokenizer = load_detokenizer(base / "detokenizer", device) if (base / "detokenizer").is_dir() else None
+    return UnifiedModel(lm, load_text_tokenizer(base), tokenizers, manifest, detokenizer)
+
+
+class UnifiedModel:
+    """lm, text_tokenizer, image_tokenizers by name, detokenizer or None, vocab, template, manifest."""
+
+    def __init__(
+        self,
+        lm: torch.nn.Module,
+        text_tokenizer: Any,
+        image_tokenizers: Mapping[str, ImageTokenizer],
+        manifest: Manifest,
+        detokenizer: Detokenizer | None = None,
+    ):
+        self.lm, self.text_tokenizer, self.detokenizer, self.manifest = lm, text_tokenizer, detokenizer, manifest
+        self.image_tokenizers = dict(image_tokenizers)
+        self.vocab = JointVocab.from_dict(manifest.vocab)
+        self.template = Template.from_dict(manifest.template)
+        rows = lm.get_input_embeddings().weight.shape[0]
+        if rows < self.vocab.rows:
+            raise ValueError(f"the model has {rows} rows, its vocabulary needs {self.vocab.rows}")
+        stated = (manifest.text_tokenizer or {}).get("hash")
+        if stated and stated != text_tokenizer_hash(text_tokenizer):
+            raise ValueError(f"text_tokenizer.hash is {stated} in the manifest, but the text tokenizer is another one")
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        return self.image_tokenizers[self._name(None)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device
+
+    # ---- verbs
+
+    def generate(
+        self,
+        parts: Sequence[Part | str | Image.Image | Path],
+        *,
+        max_images: int = 1,
+        max_new_tokens: int | None = None,
+        guidance: float | tuple[float, float] = 1.0,
+        negative: str | None = None,
+        temperature: float | tuple[float, float] = 1.0,
+        top_k: int | tuple[int, int] = 0,
+        top_p: float | tuple[float, float] = 1.0,
+        seed: int = 0,
+        n: int = 1,
+    ) -> list[list[Part]]:
+        """Continue a document n times -> n lists of new parts, texts and PIL pictures in their order.
+
+        parts: Parts, texts, PIL pictures or picture files. guidance: see `images`. temperature, top_k, top_p: one
+        value, or (text, image). max_new_tokens: by default some text and room for `max_images` blocks.
+        """
+        given = [_part(p) for p in parts]
+        self._encode(given_list := [given])
+        [given] = given_list
+        if max_new_tokens is None:
+            blocks = [self.vocab.block_length(name) for name in self._coded()]
+            max_new_tokens = TEXT_TOKENS + max_images * max(blocks, default=0)
+        made = self._run(
+            [given] * n, [_seed(seed, j) for j in range(n)], max_new_tokens=max_new_tokens, max_images=max_images,
+            guidance=guidance, negative=negative, temperature=temperature, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        return [self._parts(ids) for ids in made]
+
+    def images(
+        self,
+        prompts: Sequence[str | Sequence[Part]],
+        *,
+        n: int = 1,
+        guidance: float | tuple[float, float] = 1.0,
+        negative: str | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        tokenizer: str | None = None,
+        batch_size: int = BATCH,
+    ) -> list[Image.Image]:
+        """n pictures of every prompt, prompt-major.
+
+        guidance: classifier-free guidance scale (1: none), or (text, image) for prompts that hold pictures.
+        negative: a text in place of the null prompt. seed: one number, or one a picture; a picture depends on its own
+        prompt and seed only. tokenizer: which one draws, where there are several.
+        """
+        name = self._name(tokenizer)
+        documents = [[text_part(p)] if isinstance(p, str) else [_part(q) for q in p] for p in prompts]
+        self._encode(documents)
+        if isinstance(seed, int | np.integer):
+            seeds = [_seed(int(seed), j) for _ in documents for j in range(n)]
+        elif len(seed) == n * len(documents):
+            seeds = [_seed(int(s), 0) for s in seed]
+        else:
+            raise ValueError(f"{len(seed)} seeds for {n * len(documents)} pictures: give one number, or one a picture")
+        made = self._run(
+            [d for d in documents for _ in range(n)], seeds, force_image=name, batch_size=batch_size,
+            max_new_tokens=self.vocab.block_length(name), guidance=guidance, negative=negative,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        blocks = [self.vocab.from_ids(np.asarray(ids)) for ids in made]
+        return self.pictures([(name, codes, grid) for name, codes, grid in blocks], seeds=seeds)
+
+    def answer(self, image_or_images: Any, question: str, shots: Sequence[Mapping[str, Any]] = (), **decode) -> str:
+        """The answer to a question about one or several pictures; shots: rows {"image", "question", "answers"}."""
+        return self.answers([{"image": image_or_images, "question": question}], shots=[list(shots)], **decode)[0]
+
+    def answers(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        shots: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        max_new_tokens: int = ANSWER_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+    ) -> list[str]:
+        """Batch form of `answer`. rows: {"image", "question"}; image: a file, a PIL picture, a list of them, or None.
+
+        shots: for each row the exemplars before it. Greedy by default. A reply ends where a shot would end.
+        """
+        documents = []
+        for i, row in enumerate(rows):
+            before = [(_pictures(s["image"]), s["question"], _first(s["answers"])) for s in (shots[i] if shots else ())]
+            documents.append(question_parts(row["question"], _pictures(row["image"]), shots=before))
+        self._encode(documents)
+        made = self._run(
+            documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
+            temperature=temperature, top_k=top_k, top_p=top_p, stop=self.template.shot_separator,
+        )  # fmt: skip
+        return [self._text(ids) for ids in made]
+
+    def captions(
+        self,
+        images: Sequence[Any],
+        *,
+        max_new_tokens: int = TEXT_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+    ) -> list[str]:
+        """The text that follows a picture, for each picture; greedy by default."""
+        documents = [[_part(image)] for image in images]
+        self._encode(documents)
+        made = self._run(
+            documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        return [self._text(ids) for ids in made]
+
+    @torch.no_grad()
+    def pictures(self, blocks: Sequence[tuple[str, np.ndarray, tuple]], seeds: Sequence[int] = ()) -> list[Image.Image]:
+        """(tokenizer, codes [N], grid) of each picture -> PIL pictures, by the detokenizer where the model has one."""
+        out: list[Image.Image | None] = [None] * len(blocks)
+        for (name, grid), own in _grouped([(name, tuple(grid)) for name, _, grid in blocks]).items():
+            tokenizer = self.image_tokenizers[name]
+            for start in range(0, len(own), PICTURES):
+                some = own[start : start + PICTURES]
+                codes = torch.from_numpy(np.stack([blocks[i][1] for i in some])).long()  # [B, N]
+                if self.detokenizer is None:
+                    pixels = tokenizer.decode(codes, grid)
+                else:
+                    condition = Condition(codes=codes, grid=grid, vectors=tokenizer.embed(codes, grid))
+                    own_seeds = [int(seeds[i]) if len(seeds) else 0 for i in some]
+                    pixels = self.detokenizer.generate(condition, seeds=own_seeds)
+                for i, picture in zip(some, pixels, strict=True):
+                    out[i] = to_pil(picture)
+        return out  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Any], tokenizer: str | None = None) -> list[Part]:
+        """Pictures (files, bytes, PIL) -> parts with codes; a tokenizer of words gives its words too."""
+        name = self._name(tokenizer)
+        own = self.image_tokenizers[name]
+        out = []
+        for start in range(0, len(images), PICTURES):
+            some = [own.preprocess(read_image(i)) for i in images[start : start + PICTURES]]
+            codes = own.encode(torch.stack(some)).cpu()  # [B, N]
+            words = own.to_text(codes) if own.vocabulary == "text" else [None] * len(codes)
+            out += [
+                codes_part(c.numpy().astype(np.int32), own.grid(*some[0].shape[1:]), name, words=w)
+                for c, w in zip(codes, words, strict=True)
+            ]
+        return out
+
+    # ---- parts and ids
+
+    def _encode(self, documents: list[list[Part]]) -> None:
+        """Replace pictures by their codes in place, each distinct picture once."""
+        slots = [(d, p) for d in range(len(documents)) for p, part in enumerate(documents[d]) if part.image is not None]
+        distinct: dict[Any, Any] = {}
+        for d, p in slots:
+            distinct.setdefault(_key(documents[d][p].image), documents[d][p].image)
+        made = dict(zip(distinct, self.encode(list(distinct.values())), strict=True)) if distinct else {}
+        for d, p in slots:
+            part = documents[d][p]
+            coded = made[_key(part.image)]
+            documents[d][p] = codes_part(
+                coded.codes, coded.grid, coded.tokenizer, words=coded.words, loss=part.loss, role=part.role
+            )
+
+    def _run(
+        self,
+        documents: Sequence[Sequence[Part]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        max_images: int = 0,
+        force_image: str | None = None,
+        guidance: float | tuple[float, float] = 1.0,
+        negative: str | None = None,
+        stop: str = "",
+        batch_size: int = BATCH,
+        **choice: Any,
+    ) -> list[list[int]]:
+        """Ids after each document, in batches of documents of like length; identical for any batch."""
+
+        def ids(parts: Sequence[Part]) -> np.ndarray:
+            return render(parts, self.vocab, self.text_tokenizer, self.template, prompt=True).ids
+
+        prompts = [ids(d) for d in documents]
+        guided = guidance not in (1.0, (1.0, 1.0)) and (force_image is not None or max_images > 0)
+        nulls = image_nulls = None
+        if guided:
+            template = self.template
+            nulls = [ids(null_parts(d, template, prompt=True, images=False)) for d in documents]
+            image_nulls = [ids(null_parts(d, template, prompt=True)) for d in documents]
+            if negative is not None:
+                nulls = [ids([text_part(negative)])] * len(documents)
+        # draws depend on the prompt, not on its place among the others
+        seeds = [_mix(seed, prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
+        out: list[list[int]] = [[]] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            made = generate_ids(
+                self.lm, [prompts[i] for i in some], self.vocab, text_size=len(self.text_tokenizer),
+                eos_ids=self._eos(stop), max_new_tokens=max_new_tokens, max_images=max_images, force_image=force_image,
+                null_prompts=[nulls[i] for i in some] if nulls else None,
+                image_null_prompts=[image_nulls[i] for i in some] if image_nulls else None,
+                guidance=guidance, seeds=[seeds[i] for i in some], tokenizers=self._coded(), **choice,
+            )  # fmt: skip
+            for i, new in zip(some, made, strict=True):
+                out[i] = new
+        return out
+
+    def _eos(self, stop: str) -> list[int]:
+        """End of text, and the one id that is `stop` where the text tokenizer has it."""
+        ends = [] if self.text_tokenizer.eos_token_id is None else [self.text_tokenizer.eos_token_id]
+        if stop:
+            encoded = self.text_tokenizer.encode("a" + stop, add_special_tokens=False)
+            if encoded and self.text_tokenizer.decode(encoded[-1:]) == stop:
+                ends.append(encoded[-1])
+        return ends
+
+    def _coded(self) -> list[str]:
+        return [name for name, own in self.image_tokenizers.items() if own.vocabulary == "codes"]
+
+    def _name(self, name: str | None) -> str:
+        names = list(self.image_tokenizers)
+        if name is None and len(names) == 1:
+            return names[0]
+        if name not in names:
+            raise ValueError(f"no image tokenizer {name!r} in this model; it has: {', '.join(names)}")
+        return name
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def _parts(self, ids: Sequence[int]) -> list[Part]:
+        pieces = self.vocab.split(np.asarray(ids, np.int64))
+        drawn = iter(self.pictures([piece[1:] for piece in pieces if piece[0] == "image"]))
+        parts = [text_part(self._text(piece[1])) if piece[0] == "text" else image_part(next(drawn)) for piece in pieces]
+        return [part for part in parts if part.type == "image" or part.text]
+
+    @staticmethod
+    def _text_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+        return [0] * count if seeds is None else [int(s) for s in seeds]
+
+
+def _part(value: Part | str | Image.Image | Path) -> Part:
+    """A text is a text; a PIL picture, bytes or a Path is a picture."""
+    if isinstance(value, Part):
+        return value
+    return text_part(value) if isinstance(value, str) else image_part(value)
+
+
+def _pictures(images: Any) -> list[Part]:
+    """None, one picture or several -> image parts; here a string is a file name."""
+    if images is None:
+        return []
+    several = images if isinstance(images, list | tuple) else [images]
+    return [image if isinstance(image, Part) else image_part(image, loss=False) for image in several]
+
+
+def _first(answers: Any) -> str:
+    return answers if isinstance(answers, str) else answers[0]
+
+
+def _key(image: Any) -> Any:
+    return str(image) if isinstance(image, str | Path) else id(image)
+
+
+def _seed(seed: int, sample: int) -> int:
+    return seed if sample == 0 else _mix(seed, np.array([sample]))
+
+
+def _mix(seed: int, ids: np.ndarray) -> int:
+    """A seed of its own for every (seed, ids)."""
+    digest = hashlib.blake2b(np.int64(seed).tobytes() + np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups

@@ -1,0 +1,166 @@
+"""Makes the embedded default again: `make weights`, or `python -m unitok.weights --out DIR [--only STAGE ...]`.
+
+    eyes         pictures of every pair
+    tokenizer    tokenizers/scenes_fsq.yaml on them
+    llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
+    documents    captions both ways and sentences, no held-out pair, never a question; tokenized
+    base         training/scenes_base.yaml: full training of that model on them
+    scores       what both reach, beside the shipped ones
+
+Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from unitok.checkpoint import ASSETS, write_json
+from unitok.config import load_recipe
+from unitok.data.scene_files import vocabulary_text, write_scenes
+
+NAME = "scenes"  # builtin:scenes, and the image tokenizer's name in it
+EYES = 30_000
+DOCUMENTS = {"train": 40_000, "validation": 400, "test": 500}
+TEXT_ROWS = 460
+LLAMA = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+TEMPLATE = {"question": "{question} ", "answer": "{answer}", "shot_separator": "\n", "separator": "\n"}
+SHARDS = ("train_draw", "train_describe", "train_texts")
+
+
+def make_eyes(out: Path) -> None:
+    write_scenes(out / "eyes", pictures={"eyes": EYES}, seed=0)
+
+
+def make_tokenizer(out: Path) -> None:
+    from unitok.training.tokenizer import train
+
+    train(load_recipe("tokenizers/scenes_fsq.yaml", [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"]))
+
+
+def make_llm(out: Path) -> None:
+    from unitok.lm.expand import expand_folder
+
+    if not (out / "llm" / "model.safetensors").is_file():
+        write_llm(out / "llm")
+    shutil.rmtree(out / "expanded", ignore_errors=True)
+    expand_folder(out / "llm", out / "tokenizer", out / "expanded", NAME, template=TEMPLATE)
+
+
+def write_llm(out: Path, seed: int = 0) -> None:
+    """An untrained Llama with a text tokenizer that knows the words of the scene language, as Hugging Face files."""
+    import sentencepiece
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    spm = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(vocabulary_text()), model_writer=spm, model_type="bpe", vocab_size=TEXT_ROWS,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+        pad_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.model").write_bytes(spm.getvalue())
+    config = LlamaConfig(vocab_size=TEXT_ROWS, bos_token_id=1, eos_token_id=2, **LLAMA)
+    config.save_pretrained(out)
+    words = AutoTokenizer.from_pretrained(out)
+    words.save_pretrained(out)
+    (out / "tokenizer.model").unlink()  # tokenizer.json says the same to every loader
+    config.vocab_size = len(words)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(out)
+
+
+def make_documents(out: Path) -> None:
+    from unitok.data.shards import summary_line, tokenize
+
+    write_scenes(out / "data", pictures=DOCUMENTS, captions=2, texts=6000, seed=1)
+    for name in SHARDS:
+        summary = tokenize(out / "data" / f"{name}.jsonl", out / "tokenizer", out / "shards" / name, name=NAME)
+        print(f"{name}: {summary_line(summary)}")
+
+
+def make_base(out: Path) -> None:
+    from unitok.training.language_model import train
+
+    overrides = [f"model={out / 'expanded'}", f"out={out / 'base'}"]
+    overrides += [f"data.{i}.shards={out / 'shards' / name}" for i, name in enumerate(SHARDS)]
+    train(load_recipe("training/scenes_base.yaml", overrides))
+
+
+STAGES: dict[str, Callable[[Path], None]] = {
+    "eyes": make_eyes,
+    "tokenizer": make_tokenizer,
+    "llm": make_llm,
+    "documents": make_documents,
+    "base": make_base,
+}
+
+
+def scores(out: Path) -> list[dict]:
+    """Scores of the base in `out` and, where there is one, of the shipped base, on the same validation scenes."""
+    from unitok.eval import captions, images, text_to_image  # noqa: F401
+    from unitok.model import load
+
+    found = []
+    shipped = ASSETS / NAME
+    for label, folder in (("new", out / "base"), ("shipped", shipped)):
+        if not (folder / "unitok.json").is_file():
+            continue
+        model = load(folder)
+        rows = [json.loads(line) for line in (out / "data" / "validation_prompts.jsonl").read_text().splitlines()]
+        rows = [{"id": str(i), **row} for i, row in enumerate(rows)]
+        drawn = text_to_image.evaluate(model, rows, guidance=1.5, temperature=0.7, batch_size=256)
+        found += [{"model": label, **score.to_dict()} for score in drawn]
+    return found
+
+
+def install(out: Path) -> Path:
+    """Copy the base over the shipped folder: what inference needs, and the logs that made it."""
+    target = ASSETS / NAME
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted((out / "base").iterdir()):
+        if file.is_file() and file.name not in ("recipe.json",):
+            shutil.copyfile(file, target / file.name)
+    shutil.copytree(out / "base" / "image_tokenizers", target / "image_tokenizers")
+    shutil.copyfile(out / "tokenizer" / "training" / "report.json", target / "tokenizer_report.json")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded tokenizer and base LLM again.")
+    parser.add_argument("--out", type=Path, default=Path("out/weights"))
+    parser.add_argument("--only", nargs="*", choices=[*STAGES, "scores"], help="these stages only")
+    parser.add_argument("--install", action="store_true", help="make the result the shipped default")
+    args = parser.parse_args()
+    seconds = {}
+    for name, stage in STAGES.items():
+        done = args.out / f"{name}.done"
+        if done.exists() or (args.only is not None and name not in args.only):
+            continue
+        print(f"--- {name}", flush=True)
+        begun = time.time()
+        stage(args.out)
+        seconds[name] = round(time.time() - begun, 1)
+        write_json(done, {"seconds": seconds[name]})
+    print(json.dumps({"seconds": seconds}))
+    if args.only is None or "scores" in args.only:
+        found = scores(args.out)
+        write_json(args.out / "scores.json", {"scores": found})
+        for score in found:
+            print(f"{score['model']:8} {score['name']:32} {score['value']:.4f}  n {score['n']}")
+    if args.install:
+        print(install(args.out))
+
+
+if __name__ == "__main__":
+    main()
