@@ -12,8 +12,8 @@ Half-masked: one half of the picture (top, bottom, left or right) is overwritten
 uniform noise. `half_masked` counts the pictures that this makes into no scene: the fill differs from the background, or
 it cuts a thing (20 % to 80 % of it covered). `half_masked_any` counts all of them, with those where whole things vanish
 into a background of their colour, which leaves a proper picture of what remains. `half_masked/background`, the hardest,
-fills with the picture's own background, so that nothing but cuts gives it away; what it accepts there are the tops of large
-triangles, which are small triangles.
+fills with the picture's own background, so that nothing but cuts gives it away; most of what is
+accepted there are tops of large triangles, which are small triangles.
 """
 
 from __future__ import annotations

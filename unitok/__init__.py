@@ -19,6 +19,7 @@ _HOMES = {
     "load": "unitok.model",
     "load_tokenizer": "unitok.tokenizers.base",
 }
+_REGISTRIES = ("detokenizers", "eval", "tokenizers")  # packages with names() and get(name)
 __all__ = [
     "Condition",
     "Detokenizer",
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name in _REGISTRIES:
+        return importlib.import_module(f"unitok.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'unitok' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -48,7 +51,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | set(_REGISTRIES))
 
 
 def foreign_distribution_line() -> str | None:

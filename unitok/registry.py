@@ -36,16 +36,19 @@ class Registry:
         if ":" in name:
             return self._check(_load(name, self.kind), name)
         if name in files and name in plugins:
-            raise ValueError(f"two {self.kind}s are called {name!r}: unitok's own and {plugins[name].value}; "
-                             "name one of them as module:Class")
+            raise ValueError(
+                f"two {self.kind}s are called {name!r}: unitok's own and {plugins[name].value}; "
+                "name one of them as module:Class"
+            )
         if name in plugins:
             return self._check(plugins[name].load(), name)
         if name in files:
             return self._class_in(f"{self.package}.{name}")
         close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self.names()) or 'none'}; "
-                         "or give module:Class")
+        raise ValueError(
+            f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self.names()) or 'none'}; or give module:Class"
+        )
 
     def name_of(self, cls: type) -> str:
         """The name under which `get` finds `cls`: its file name, its entry point, or "module:Class"."""
@@ -67,8 +70,11 @@ class Registry:
 
     def _class_in(self, module_name: str) -> type:
         base, module = _load(self.base, self.kind), importlib.import_module(module_name)
-        found = [v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, base)
-                 and v.__module__ == module_name and not k.startswith("_")]
+        found = [
+            v
+            for k, v in vars(module).items()
+            if isinstance(v, type) and issubclass(v, base) and v.__module__ == module_name and not k.startswith("_")
+        ]
         if len(found) != 1:
             listed = ", ".join(c.__name__ for c in found) or "none"
             raise ValueError(f"{module_name} must hold exactly one public {self.kind} class, found {listed}")

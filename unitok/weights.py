@@ -43,7 +43,9 @@ def make_eyes(out: Path) -> None:
 def make_tokenizer(out: Path) -> None:
     from unitok.training.tokenizer import train
 
-    train(load_recipe("tokenizers/scenes_fsq.yaml", [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"]))
+    train(
+        load_recipe("tokenizers/scenes_fsq.yaml", [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"])
+    )
 
 
 def make_llm(out: Path) -> None:
@@ -136,22 +138,28 @@ def install(out: Path) -> Path:
     return target
 
 
+def make(out: Path, only: list[str] | None = None) -> dict[str, float]:
+    """Run the stages that are not done yet -> their seconds."""
+    seconds = {}
+    for name, stage in STAGES.items():
+        done = out / f"{name}.done"
+        if done.exists() or (only is not None and name not in only):
+            continue
+        print(f"--- {name}", flush=True)
+        begun = time.time()
+        stage(out)
+        seconds[name] = round(time.time() - begun, 1)
+        write_json(done, {"seconds": seconds[name]})
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded tokenizer and base LLM again.")
     parser.add_argument("--out", type=Path, default=Path("out/weights"))
     parser.add_argument("--only", nargs="*", choices=[*STAGES, "scores"], help="these stages only")
     parser.add_argument("--install", action="store_true", help="make the result the shipped default")
     args = parser.parse_args()
-    seconds = {}
-    for name, stage in STAGES.items():
-        done = args.out / f"{name}.done"
-        if done.exists() or (args.only is not None and name not in args.only):
-            continue
-        print(f"--- {name}", flush=True)
-        begun = time.time()
-        stage(args.out)
-        seconds[name] = round(time.time() - begun, 1)
-        write_json(done, {"seconds": seconds[name]})
+    seconds = make(args.out, args.only)
     print(json.dumps({"seconds": seconds}))
     if args.only is None or "scores" in args.only:
         found = scores(args.out)

@@ -105,8 +105,9 @@ def pairs():
     asked = "what colour is it?"
     for question in (asked, asked + " ", "\n" + asked, "", "a  b </s> <|im_end|>", "Ünï 😀 {question}"):
         for given in ((), shots):
-            yield question_parts(question, picture(), shots=given), question_parts(
-                question, picture(), "red", shots=given
+            yield (
+                question_parts(question, picture(), shots=given),
+                question_parts(question, picture(), "red", shots=given),
             )
     turns = [text_part("be kind", role="system", loss=False), picture(role="user", loss=False),
              text_part("what?", role="user", loss=False), text_part("a circle", role="assistant"),

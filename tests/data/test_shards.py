@@ -58,9 +58,15 @@ def source(tmp_path_factory) -> Path:
         parts = [{"type": "text", "text": "x"}, {"type": "image", "image": image, "loss": False},
                  {"type": "text", "text": "y"}, {"type": "image", "image": f"{(n + 5) % 12}.png"}]  # fmt: skip
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-        rows.append([{"image": image, "text": f"picture {n}", "extra": {"n": n}},
-                     {"image": image, "question": f"what is {n}?", "answers": ["a", "b", "b"]},
-                     {"image": image, "captions": ["one", "two"]}, {"parts": parts}, {"messages": turns}][n % 5])
+        rows.append(
+            [
+                {"image": image, "text": f"picture {n}", "extra": {"n": n}},
+                {"image": image, "question": f"what is {n}?", "answers": ["a", "b", "b"]},
+                {"image": image, "captions": ["one", "two"]},
+                {"parts": parts},
+                {"messages": turns},
+            ][n % 5]
+        )
     # pictures 7 and 8 are met first in rows that cannot be used
     rows.insert(2, {"parts": [{"type": "image", "image": "7.png"}, {"type": "image", "image": "cut.png"}]})
     rows.insert(3, {"image": "cut.png", "captions": ["a", "b"]})

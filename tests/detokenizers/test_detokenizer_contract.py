@@ -86,8 +86,13 @@ def test_it_trains(detokenizer):
 
 def test_bad_input_is_refused(detokenizer):
     condition, taken = condition_for(detokenizer), " or ".join(sorted(detokenizer.takes))
-    other = ({"codes": torch.zeros(3, 4, dtype=torch.int64)} if "codes" not in detokenizer.takes
-             else {"texts": ["a"] * 3} if "texts" not in detokenizer.takes else {})
+    other = (
+        {"codes": torch.zeros(3, 4, dtype=torch.int64)}
+        if "codes" not in detokenizer.takes
+        else {"texts": ["a"] * 3}
+        if "texts" not in detokenizer.takes
+        else {}
+    )
     with pytest.raises(ValueError, match=f"takes {taken}; the condition has "):
         detokenizer.generate(Condition(**other) if other else Condition(), seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="3 images, 2 seeds"):
@@ -100,11 +105,14 @@ def test_bad_input_is_refused(detokenizer):
         detokenizer.generate(condition, seeds=[1, 2, 3], guidance=2.0, negative=condition.rows([0]))
 
 
-@pytest.mark.parametrize(("vectors", "message"), [
-    (torch.zeros(3, 5), "float .B, M, D., got torch.float32 .3, 5."),
-    (torch.zeros(3, 4, 5, dtype=torch.int64), "float .B, M, D., got torch.int64"),
-    (torch.full((3, 4, 5), float("nan")), "finite"),
-])
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (torch.zeros(3, 5), "float .B, M, D., got torch.float32 .3, 5."),
+        (torch.zeros(3, 4, 5, dtype=torch.int64), "float .B, M, D., got torch.int64"),
+        (torch.full((3, 4, 5), float("nan")), "finite"),
+    ],
+)
 def test_bad_vectors_are_refused(vectors, message):
     with pytest.raises(ValueError, match=message):
         Toy.tiny().generate(Condition(vectors=vectors), seeds=[1, 2, 3])

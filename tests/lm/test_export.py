@@ -99,7 +99,7 @@ def test_the_text_tokenizer_and_the_manifest_stay_as_they_were(model_folder, tmp
     out = export(model, tmp_path / "out")
     for file in ("tokenizer.json", "tokenizer_config.json", FILE):
         assert (out / file).read_bytes() == (model / file).read_bytes()
-    assert not (out / "image_tokenizers").exists()
+    assert (out / "image_tokenizers").is_dir()  # unitok.load opens an export as well
     with pytest.raises(ValueError, match="not empty"):
         export(model, out)
 

@@ -43,9 +43,9 @@ from unitok.data.scenes import (
     Scene,
     Setting,
     all_captions,
+    questions,
     random_caption,
     random_scene,
-    questions,
     render_scene,
 )
 
@@ -127,7 +127,9 @@ def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts
     if shots:
         _write(out / "train_shots.jsonl", (_shot_row(names, asked, rng) for _ in range(shots)))
     if texts:
-        _write(out / "train_texts.jsonl", ({"parts": [{"type": "text", "text": t}]} for t in _texts(texts, rng, setting)))
+        _write(
+            out / "train_texts.jsonl", ({"parts": [{"type": "text", "text": t}]} for t in _texts(texts, rng, setting))
+        )
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:

@@ -351,7 +351,11 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
         valid = [q for q in asked if q]
         out.append(pick(valid) if valid else None)
     whole = rng.random() < 0.5
-    about = () if whole else (str(pick([*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair))),)
+    about = (
+        ()
+        if whole
+        else (str(pick([*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair))),)
+    )
     out.append(_ask(scene, "count", about))
 
     present = [t.pair for t in scene.things]

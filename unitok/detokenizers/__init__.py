@@ -2,8 +2,9 @@
 
 from unitok.registry import Registry
 
-registry = Registry("unitok.detokenizers", base="unitok.detokenizers.base:Detokenizer", kind="detokenizer",
-                    skip=("prior_",))
+registry = Registry(
+    "unitok.detokenizers", base="unitok.detokenizers.base:Detokenizer", kind="detokenizer", skip=("prior_",)
+)
 names, get, name_of = registry.names, registry.get, registry.name_of
 
 __all__ = ["get", "name_of", "names", "registry"]

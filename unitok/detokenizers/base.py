@@ -82,8 +82,15 @@ class Detokenizer(Pretrained):
         if "generate" in cls.__dict__:
             cls.generate = _checked_generate(cls.__dict__["generate"])
 
-    def generate(self, condition: Condition, *, seeds: Sequence[int], guidance: float = 1.0, steps: int | None = None,
-                 negative: Condition | None = None) -> Tensor:
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seeds: Sequence[int],
+        guidance: float = 1.0,
+        steps: int | None = None,
+        negative: Condition | None = None,
+    ) -> Tensor:
         """One seed an image -> float [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError
 
@@ -99,8 +106,10 @@ class Detokenizer(Pretrained):
     def check_condition(self, condition: Condition) -> None:
         """ValueError unless the condition has a part this detokenizer takes, well formed."""
         if not condition.parts() & self.takes:
-            raise ValueError(f"{type(self).__name__} takes {' or '.join(sorted(self.takes))}; "
-                             f"the condition has {', '.join(sorted(condition.parts())) or 'nothing'}")
+            raise ValueError(
+                f"{type(self).__name__} takes {' or '.join(sorted(self.takes))}; "
+                f"the condition has {', '.join(sorted(condition.parts())) or 'nothing'}"
+            )
         len(condition)
         codes, vectors = condition.codes, condition.vectors
         if codes is not None and (codes.dtype != torch.int64 or codes.ndim != 2):
@@ -125,8 +134,15 @@ class Detokenizer(Pretrained):
 def _checked_generate(method: Callable) -> Callable:
     @functools.wraps(method)
     @torch.no_grad()
-    def generate(self: Detokenizer, condition: Condition, *, seeds: Sequence[int], guidance: float = 1.0,
-                 steps: int | None = None, negative: Condition | None = None) -> Tensor:
+    def generate(
+        self: Detokenizer,
+        condition: Condition,
+        *,
+        seeds: Sequence[int],
+        guidance: float = 1.0,
+        steps: int | None = None,
+        negative: Condition | None = None,
+    ) -> Tensor:
         self.check_condition(condition)
         if len(seeds) != len(condition):
             raise ValueError(f"one seed an image is needed: {len(condition)} images, {len(seeds)} seeds")
@@ -157,8 +173,9 @@ def detokenizer_section(detokenizer: Detokenizer) -> dict[str, Any]:
     }
 
 
-def load_detokenizer(path_or_hub_id: str | Path, device: str | torch.device = "cpu", *,
-                     revision: str | None = None) -> Detokenizer:
+def load_detokenizer(
+    path_or_hub_id: str | Path, device: str | torch.device = "cpu", *, revision: str | None = None
+) -> Detokenizer:
     """A saved detokenizer (a folder or a Hub id), in eval mode. ValueError where its files do not fit together."""
     from unitok import detokenizers
 

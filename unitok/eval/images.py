@@ -30,7 +30,7 @@ def run(model, recipe) -> list[Score]:
 
     `model` is an ImageTokenizer, or anything with one as `.image_tokenizer`. Writes a contact sheet into `recipe.out`.
     """
-    tokenizer = model if hasattr(model, "encode") else model.image_tokenizer
+    tokenizer = getattr(model, "image_tokenizer", model)
     out = Path(recipe.out) if recipe.out else None
     rows = subset(load_rows(recipe.data, "picture", out=out), recipe.n, recipe.seed)
     sheet = out / SHEET if out else None

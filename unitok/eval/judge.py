@@ -199,7 +199,7 @@ def _detect(d: Tensor, contrast: Tensor, bank: _Bank) -> _Things:
     corr = torch.fft.irfft2(torch.fft.rfft2(d)[:, :, None] * bank.spectra, s=(n, n))  # [B, 3, S, n, n]
     energy = contrast.square().sum(2)[:, :, None] * bank.energies  # [B, C, S]
     gain = torch.bmm(2 * contrast, corr.flatten(2)).view(batch, len(COLOURS), len(STAMPS), n * n)
-    gain = F.threshold_(gain.div_(energy[..., None]).sub_(1), WORTH, 0).mul_(energy[..., None])
+    gain = torch.threshold_(gain.div_(energy[..., None]).sub_(1), WORTH, 0).mul_(energy[..., None])
     gain = gain.amax(1).view(batch, len(SIZES), len(SHAPES), n, n).amax(2)  # [B, 2, n, n]
     gain *= bank.allowed
     line, everyone = torch.arange(n), torch.arange(batch)

@@ -162,9 +162,7 @@ def expand_folder(
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     copy_text_tokenizer(text_tokenizer, llm_folder, out)
-    for kept in ("image_tokenizers", "detokenizer"):
-        if (llm_folder / kept).is_dir():
-            shutil.copytree(llm_folder / kept, out / kept)
+    copy_image_parts(llm_folder, out)
     copy_tokenizer(tokenizer_folder, out / "image_tokenizers" / name)
     replace(
         manifest,
@@ -249,6 +247,13 @@ def empty_folder(out: str | Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose another --out or remove it")
     return out
+
+
+def copy_image_parts(source: Path, out: Path) -> None:
+    """Carry the image tokenizers and the detokenizer of a model folder over."""
+    for kept in ("image_tokenizers", "detokenizer"):
+        if (source / kept).is_dir():
+            shutil.copytree(source / kept, out / kept, dirs_exist_ok=True)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unitok.checkpoint import open_folder
 from unitok.lm.adapters import adapter_base, is_adapter, load_adapter, merge
-from unitok.lm.expand import empty_folder, open_lm
+from unitok.lm.expand import copy_image_parts, empty_folder, open_lm
 from unitok.lm.text import copy_text_tokenizer, load_text_tokenizer, text_tokenizer_hash
 from unitok.manifest import Manifest
 from unitok.vocab import JointVocab
@@ -54,7 +54,8 @@ def export(model: str | Path, out: str | Path, *, token_strings: bool = False, b
         manifest = replace(manifest, text_tokenizer=text)
     else:
         copy_text_tokenizer(text_tokenizer, source, out)
-    replace(manifest, detokenizer=None).save(out)
+    copy_image_parts(source, out)
+    manifest.save(out)
     return out
 
 

@@ -72,8 +72,10 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
 
     def hashes(self) -> dict[str, Any]:
         """config_hash, weight_hash and, where there are any, the sha256 of each asset."""
-        found = {"config_hash": checkpoint.config_hash(self.config),
-                 "weight_hash": checkpoint.state_hash(self.own_state())}
+        found = {
+            "config_hash": checkpoint.config_hash(self.config),
+            "weight_hash": checkpoint.state_hash(self.own_state()),
+        }
         assets = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.assets().items())}
         return {**found, "assets": assets} if assets else found
 
@@ -85,12 +87,21 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         """The section that describes the one model of a folder; None if there is not exactly one."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False,
-                        config: dict | None = None, model_card_kwargs: dict | None = None, **hub: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: dict | None = None,
+        model_card_kwargs: dict | None = None,
+        **hub: Any,
+    ) -> str | None:
         """Write the folder. The keyword arguments exist for the mixin's `push_to_hub`; no model card is made up."""
         if self._dropped_arguments:
-            raise ValueError(f"cannot save {type(self).__name__}: its argument {self._dropped_arguments[0]!r} is not "
-                             "a JSON value")
+            raise ValueError(
+                f"cannot save {type(self).__name__}: its argument {self._dropped_arguments[0]!r} is not a JSON value"
+            )
         folder = Path(save_directory)
         checkpoint.save_weights(folder / WEIGHTS, self.own_state())
         checkpoint.write_json(folder / CONFIG, self.config)
@@ -100,8 +111,14 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None,
-                        map_location: str | torch.device = "cpu", **arguments: Any):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+        **arguments: Any,
+    ):
         """A saved folder or Hub id, in eval mode; `arguments` override the configuration's.
 
         ValueError where a file is damaged, changed or from another model.
@@ -117,8 +134,10 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         _compare(folder / WEIGHTS, section.get("weight_hash"), checkpoint.state_hash(state))
         known = inspect.signature(cls.__init__).parameters
         if unknown := [key for key in config if key not in known]:
-            raise ValueError(f"{folder / CONFIG}: {cls.__name__} takes no argument {unknown[0]!r}; "
-                             "the folder needs another version of unitok")
+            raise ValueError(
+                f"{folder / CONFIG}: {cls.__name__} takes no argument {unknown[0]!r}; "
+                "the folder needs another version of unitok"
+            )
         model = cls(**{**config, **arguments})
         model.load_assets(folder / ASSETS)
         model.load_own_state(state, what=str(folder / WEIGHTS))
@@ -140,5 +159,7 @@ def _reference(module: nn.Module) -> Tensor:
 
 def _compare(path: Path, expected: str | None, found: str) -> None:
     if expected != found:
-        raise ValueError(f"{path} is damaged, changed or from another model: its hash is {found[:12]}, unitok.json "
-                         f"says {(expected or 'nothing')[:12]}")
+        raise ValueError(
+            f"{path} is damaged, changed or from another model: its hash is {found[:12]}, unitok.json "
+            f"says {(expected or 'nothing')[:12]}"
+        )

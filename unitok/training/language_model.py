@@ -38,7 +38,7 @@ from unitok.data.packing import IGNORE, PackedBatch, Stream
 from unitok.data.render import IMAGE, TEXT, Template
 from unitok.lm.adapters import CONFIG as ADAPTER_CONFIG
 from unitok.lm.adapters import add_adapter, is_adapter
-from unitok.lm.expand import open_lm
+from unitok.lm.expand import copy_image_parts, open_lm
 from unitok.lm.text import copy_text_tokenizer, load_text_tokenizer
 from unitok.manifest import FILE, Manifest
 from unitok.training.launch import Processes
@@ -66,6 +66,7 @@ def train(
     writes the folder as it stands, and a later call goes on.
     ValueError: shards, model and recipe that do not fit, a loss that is not finite.
     """
+    torch.set_flush_denormal(True)  # before the first operation: moments that fade out would slow a CPU down
     with Processes(recipe.deepspeed) as processes:
         if not processes.main:
             log = _silent
@@ -175,9 +176,7 @@ class _Run:
         else:
             self._to_dtype_of_base()
             copy_text_tokenizer(load_text_tokenizer(self.folder), self.folder, self.out)
-            for kept in ("image_tokenizers", "detokenizer"):
-                if (self.folder / kept).is_dir():
-                    shutil.copytree(self.folder / kept, self.out / kept, dirs_exist_ok=True)
+            copy_image_parts(self.folder, self.out)
         self.manifest.save(self.out)  # last: a folder with a manifest is whole
 
     def _to_dtype_of_base(self) -> None:

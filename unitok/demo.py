@@ -1,0 +1,259 @@
+"""The main job in one command, on the embedded default: `make demo`.
+
+    data      scenes as pictures and JSON lines, no held-out pair in training
+    tokenize  the training documents become token shards
+    before    the base as it is: scores
+    tune      LoRA + new rows under DeepSpeed: interleaved questions, captions both ways
+    merge     adapter into the base: an ordinary Hugging Face folder
+    after     pictures drawn, questions answered, captions written: scores beside their baselines
+    report    report.html, report.json
+
+Stages exchange files in OUT and each is done once: a second run, or one after an interruption, goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from unitok.checkpoint import ASSETS, config_hash, read_json, write_json
+from unitok.config import DataSource, LanguageModelRecipe, make_recipe
+
+BASE = ASSETS / "scenes"
+PICTURES = {"train": 8000, "validation": 100, "test": 600}
+SHOTS = 16000  # interleaved documents
+SOURCES = ("train_draw", "train_describe", "train_shots")
+DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
+SCALES = (1.0, 1.5, 3.0)  # shown in the report
+QUESTIONS = 1200  # rows scored
+BATCH = 200
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 1},
+}
+
+Stage = Callable[[], Any]
+
+
+def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
+    """The LoRA recipe of the demo; training/scenes_lora.yaml is the same for use by hand."""
+    shards = [str(out / "shards" / name) for name in SOURCES]
+    values = {
+        "kind": "language_model",
+        "model": str(model),
+        "method": "lora",
+        "lora": {"rank": 32, "alpha": 64, "rows": "new"},
+        "data": [
+            {"shards": shards[0], "weight": 1, "caption_drop": 0.1},
+            {"shards": shards[1], "weight": 1},
+            {"shards": shards[2], "weight": 3},
+        ],
+        "out": str(out / "adapter"),
+        "seed": seed,
+        "length": 420,
+        "batch_size": 4,
+        "steps": 1000,
+        "lr": 3e-3,
+        "schedule": "linear",
+        "warmup": 20,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "dtype": "float32",
+        "text_weight": 4.0,
+        "deepspeed": str(out / "deepspeed.json"),
+        "checkpoint_every": 200,
+        "log_every": 20,
+    }
+    recipe = make_recipe(values, "the demo's recipe")
+    assert isinstance(recipe, LanguageModelRecipe)
+    return recipe
+
+
+def run(out: str | Path = "out/demo", *, tokenizer: str = "fsq", from_scratch: bool = False) -> Path:
+    """Run what is not yet done in `out` and return the report's path. ValueError for an unknown tokenizer."""
+    if tokenizer != "fsq":
+        raise ValueError(f"demo has no recipe for the image tokenizer {tokenizer!r}; it has: fsq")
+    return Demo(Path(out), from_scratch=from_scratch).run()
+
+
+class Demo:
+    """One run; `seconds` by stage."""
+
+    def __init__(self, out: Path, *, from_scratch: bool = False):
+        self.out, self.from_scratch = out, from_scratch
+        self.console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+        self.base = out / "scratch" / "base" if from_scratch else BASE
+
+    def run(self) -> Path:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        stages: dict[str, Stage] = {
+            "data": self.data,
+            "tokenize": self.tokenize,
+            "before": self.before,
+            "tune": self.tune,
+            "merge": self.merge,
+            "after": self.after,
+            "report": self.report,
+        }
+        if self.from_scratch:
+            stages = {"scratch": self.scratch, **stages}
+        elif not (self.base / "unitok.json").is_file():
+            raise FileNotFoundError("the embedded default is not in this installation: run with --from-scratch")
+        state = self.out / "stages.json"
+        done = read_json(state) if state.is_file() else {}
+        asked = self._asked()
+        if done.get("asked", asked) != asked:
+            raise ValueError(f"{self.out} holds a demo made by another version or setting: choose another --out")
+        for name, stage in stages.items():
+            if name in done:
+                self.seconds[name] = done[name]
+                self.console.print(f"[dim]{name:9} reused ({done[name]:.0f} s)[/dim]")
+                continue
+            self.console.print(f"[bold]{name}[/bold]")
+            begun = time.perf_counter()
+            stage()
+            self.seconds[name] = done[name] = round(time.perf_counter() - begun, 1)
+            write_json(state, {**done, "asked": asked})
+            self.console.print(f"[dim]{name:9} {done[name]:.0f} s[/dim]")
+        report = self.out / "report.html"
+        self.console.print(f"{sum(self.seconds.values()):.0f} s in all; report: {report}")
+        return report
+
+    def _asked(self) -> str:
+        recipe = tuning(self.out, self.base).model_dump(mode="json")
+        base = None if self.from_scratch else read_json(self.base / "unitok.json")
+        return config_hash({"recipe": recipe, "pictures": PICTURES, "shots": SHOTS, "draw": DRAW, "base": base})
+
+    # ---- stages
+
+    def scratch(self) -> None:
+        from unitok import weights
+
+        weights.make(self.out / "scratch")
+
+    def data(self) -> None:
+        from unitok.data.scene_files import write_scenes
+
+        write_scenes(self.out / "data", pictures=PICTURES, captions=1, shots=SHOTS, seed=2)
+
+    def tokenize(self) -> None:
+        from unitok.data.shards import summary_line, tokenize
+        from unitok.tokenizers.base import load_tokenizer
+        from unitok.weights import NAME
+
+        tokenizer = load_tokenizer(self.base)
+        for source in SOURCES:
+            shards = self.out / "shards" / source
+            summary = tokenize(self.out / "data" / f"{source}.jsonl", tokenizer, shards, name=NAME)
+            self.console.print(f"  {source}: {summary_line(summary)}", highlight=False)
+
+    def tune(self) -> None:
+        from unitok.training.language_model import train
+
+        write_json(self.out / "deepspeed.json", DEEPSPEED)
+        train(tuning(self.out, self.base), log=lambda line: self.console.print(f"  {line}", highlight=False))
+
+    def merge(self) -> None:
+        from unitok.lm.export import export
+
+        shutil.rmtree(self.out / "model", ignore_errors=True)  # of an interrupted run
+        export(self.out / "adapter", self.out / "model", base=self.base)
+
+    def before(self) -> None:
+        self._score(self.base, "before")
+
+    def after(self) -> None:
+        self._score(self.out / "model", "after")
+
+    def report(self) -> None:
+        from unitok.report import write_report
+
+        write_report(self.out, self.seconds)
+
+    # ---- scores
+
+    def _score(self, folder: Path, label: str) -> None:
+        """Scores of a model folder into LABEL/scores.json; before tuning only what is printed beside the later ones."""
+        from unitok.eval import captions, images, text_to_image, vqa
+        from unitok.eval.results import write_results
+        from unitok.eval.rows import load_rows, subset
+        from unitok.model import load
+
+        data, place, after = self.out / "data", self.out / label, label == "after"
+        model = load(folder)
+
+        def sources(name: str) -> list[DataSource]:
+            return [DataSource(path=str(data / name))]
+
+        prompts = text_to_image.load_prompts(sources("test_prompts.jsonl"))
+        with self._step("pictures of held-out pairs"):
+            scores = text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=DRAW, out=place / "images")
+        questions = subset(load_rows(sources("test_questions.jsonl"), "question"), QUESTIONS, 0)
+        train = load_rows(sources("train_questions.jsonl"), "question")
+        arms = {0: ("blind", "majority", "no_image", "shuffled_images"), 1: (), 4: ("permuted_shots",)}
+        for shots, beside in arms.items() if after else ((0, ()),):
+            with self._step(f"questions, {shots} shots"):
+                scores += vqa.evaluate(
+                    model, questions, train, shots=shots, mode="exact", baselines=beside, batch_size=BATCH,
+                    breakdown=("kind", "objects"), name=f"vqa_{shots}shot", replies=place / f"vqa_{shots}shot.jsonl",
+                )  # fmt: skip
+        shown = load_rows(sources("test_captions.jsonl"), "caption")
+        with self._step("captions"):
+            scores += captions.evaluate(model, shown, batch_size=BATCH, replies=place / "captions.jsonl")
+        if after:
+            with self._step("reconstructions"):
+                pictures = [{"id": row["id"], "image": row["image"]} for row in shown]
+                made = images.evaluate(model.image_tokenizer, pictures, sheet=place / "reconstructions.png")
+                scores += [replace(score, name=f"reconstruction_{score.name}") for score in made]
+        write_results(place / "scores.json", scores)
+
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.console.print(f"  {what}: {time.perf_counter() - begun:.0f} s", highlight=False)
+
+
+def named_scores(before: list[dict], after: list[dict]) -> list[dict]:
+    """The demo's scores under their names in report.json, with the untuned base's as the baseline `before`."""
+    earlier = {score["name"]: score["value"] for score in before}
+    names = {
+        "t2i_exact": "t2i_exact",
+        "t2i_exact_two_objects": "t2i_exact_two_objects",
+        "vqa_0shot": "vqa_0shot",
+        "vqa_0shot/objects=2": "vqa_0shot_two_objects",
+        "vqa_1shot": "vqa_1shot",
+        "vqa_4shot": "vqa_4shot",
+        "captions/exact_match": "caption_exact",
+        "reconstruction_judged": "reconstruction_judged",
+        "reconstruction_psnr": "reconstruction_psnr",
+    }
+    names |= {
+        score["name"]: score["name"].replace("/kind=", "_").replace("/", "_")
+        for score in after
+        if score["name"].startswith("vqa_0shot/kind=")
+    }
+    by_name = {score["name"]: score for score in after}
+    out = []
+    for old, new in names.items():
+        if old in by_name:
+            score = json.loads(json.dumps(by_name[old]))
+            if old in earlier and not old.startswith("reconstruction"):
+                score["baselines"] = {"before": earlier[old], **score["baselines"]}
+            out.append({**score, "name": new})
+    return out
