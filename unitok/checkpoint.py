@@ -124,7 +124,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -205,7 +205,7 @@ def _table(path: Path, value: Any, key: str | None) -> dict[str, Tensor]:
 
     if key is not None:
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{path}: no {key!r} in it; it has {_some(value if isinstance(value, dict) else [])}")
+            raise ValueError(f"{path}: no {key!r} in it; it has {_some(list(value) if isinstance(value, dict) else [])}")
         value = value[key]
     while isinstance(value, dict) and not all(isinstance(v, Tensor) for v in value.values()):
         nest = next((n for n in NESTS if isinstance(value.get(n), dict)), None)

@@ -66,9 +66,22 @@ class Lora(Section):
     rows: Literal["new", "none"] = "new"  # train the rows of codes and controls
 
 
+class SampleQuestion(Section):
+    question: str
+    image: str | None = None  # a picture file; a question without one is asked without one
+
+
+def _as_questions(value: Any) -> Any:
+    return [{"question": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+
 class Samples(Section):
+    """What a language model draws and answers while it trains; looked at in TensorBoard, scored nowhere."""
+
     prompts: list[str] = []
-    questions: list[str] = []
+    questions: Annotated[list[SampleQuestion], BeforeValidator(_as_questions)] = []
+    guidance: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0)
 
 
 def _as_list(value: Any) -> Any:
@@ -160,7 +173,7 @@ class EvaluationRecipe(Section):
 
 
 Recipe = TokenizerRecipe | LanguageModelRecipe | EvaluationRecipe
-KINDS: dict[str, type[Section]] = {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(Recipe)}
+KINDS: dict[str, Any] = {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(Recipe)}
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

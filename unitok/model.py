@@ -27,7 +27,7 @@ from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
 from unitok.lm.adapters import adapter_base, is_adapter, load_adapter, merge
 from unitok.lm.expand import open_lm
 from unitok.lm.text import load_text_tokenizer, text_tokenizer_hash
-from unitok.manifest import Manifest
+from unitok.manifest import FILE, Manifest
 from unitok.sampling.decode import generate_ids
 from unitok.tokenizers.base import ImageTokenizer, load_tokenizer, to_pil
 from unitok.vocab import JointVocab
@@ -46,15 +46,34 @@ def load(
     dtype: of the LM; by default the checkpoint's own. ValueError naming the field where parts of the folder do not fit.
     """
     folder = open_folder(path_or_hub_id)
-    base = folder
+    if (folder / FILE).is_file() and (manifest := Manifest.load(folder)).vocab is None and manifest.tokenizers:
+        raise ValueError(f"{path_or_hub_id} is an image tokenizer: `unitok expand` puts it into a language model")
     if is_adapter(folder):
-        base = adapter_base(folder)
         lm = merge(load_adapter(folder, device=device, dtype=dtype)).eval()
     else:
         lm = open_lm(folder, device=device, dtype=dtype)
-    manifest = Manifest.load(folder)
+    return around(lm, folder)
+
+
+def around(
+    lm: torch.nn.Module,
+    folder: str | Path,
+    *,
+    template: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+) -> UnifiedModel:
+    """An LM in memory with the other parts of a model or adapter folder: a run in training looks at its own model.
+
+    template: changes to the template of the folder. device: of the other parts; by default the LM's own.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder) if (folder / FILE).is_file() else Manifest()
     if manifest.vocab is None:
-        raise ValueError(f"{path_or_hub_id} has no image vocabulary: add one with `unitok expand`")
+        raise ValueError(f"{folder} has no image vocabulary: add one with `unitok expand`")
+    if template:
+        manifest.template = (manifest.template or {}) | dict(template)
+    base = adapter_base(folder) if is_adapter(folder) else folder
+    device = device or lm.get_input_embeddings().weight.device
     tokenizers = {name: load_tokenizer(base / "image_tokenizers" / name, device) for name in manifest.tokenizers}
     for name, tokenizer in tokenizers.items():
         [section] = tokenizer.manifest().tokenizers.values()
@@ -70,7 +89,7 @@ class UnifiedModel:
 
     def __init__(
         self,
-        lm: torch.nn.Module,
+        lm: Any,  # a Hugging Face causal LM
         text_tokenizer: Any,
         image_tokenizers: Mapping[str, ImageTokenizer],
         manifest: Manifest,
@@ -78,7 +97,7 @@ class UnifiedModel:
     ):
         self.lm, self.text_tokenizer, self.detokenizer, self.manifest = lm, text_tokenizer, detokenizer, manifest
         self.image_tokenizers = dict(image_tokenizers)
-        self.vocab = JointVocab.from_dict(manifest.vocab)
+        self.vocab = JointVocab.from_dict(manifest.vocab or {})
         self.template = Template.from_dict(manifest.template)
         rows = lm.get_input_embeddings().weight.shape[0]
         if rows < self.vocab.rows:
@@ -117,8 +136,7 @@ class UnifiedModel:
         value, or (text, image). max_new_tokens: by default some text and room for `max_images` blocks.
         """
         given = [_part(p) for p in parts]
-        self._encode(given_list := [given])
-        [given] = given_list
+        self.encode_parts([given])
         if max_new_tokens is None:
             blocks = [self.vocab.block_length(name) for name in self._coded()]
             max_new_tokens = TEXT_TOKENS + max_images * max(blocks, default=0)
@@ -150,7 +168,7 @@ class UnifiedModel:
         """
         name = self._name(tokenizer)
         documents = [[text_part(p)] if isinstance(p, str) else [_part(q) for q in p] for p in prompts]
-        self._encode(documents)
+        self.encode_parts(documents)
         if isinstance(seed, int | np.integer):
             seeds = [_seed(int(seed), j) for _ in documents for j in range(n)]
         elif len(seed) == n * len(documents):
@@ -185,11 +203,8 @@ class UnifiedModel:
 
         shots: for each row the exemplars before it. Greedy by default. A reply ends where a shot would end.
         """
-        documents = []
-        for i, row in enumerate(rows):
-            before = [(_pictures(s["image"]), s["question"], _first(s["answers"])) for s in (shots[i] if shots else ())]
-            documents.append(question_parts(row["question"], _pictures(row["image"]), shots=before))
-        self._encode(documents)
+        documents = [asked(row, shots[i] if shots else ()) for i, row in enumerate(rows)]
+        self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
             temperature=temperature, top_k=top_k, top_p=top_p, stop=self.template.shot_separator,
@@ -208,8 +223,8 @@ class UnifiedModel:
         batch_size: int = BATCH,
     ) -> list[str]:
         """The text that follows a picture, for each picture; greedy by default."""
-        documents = [[_part(image)] for image in images]
-        self._encode(documents)
+        documents = [_pictures(image) for image in images]
+        self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
             temperature=temperature, top_k=top_k, top_p=top_p,
@@ -253,7 +268,7 @@ class UnifiedModel:
 
     # ---- parts and ids
 
-    def _encode(self, documents: list[list[Part]]) -> None:
+    def encode_parts(self, documents: list[list[Part]]) -> None:
         """Replace pictures by their codes in place, each distinct picture once."""
         slots = [(d, p) for d in range(len(documents)) for p, part in enumerate(documents[d]) if part.image is not None]
         distinct: dict[Any, Any] = {}
@@ -344,6 +359,12 @@ class UnifiedModel:
     @staticmethod
     def _text_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
         return [0] * count if seeds is None else [int(s) for s in seeds]
+
+
+def asked(row: Mapping[str, Any], shots: Sequence[Mapping[str, Any]] = ()) -> list[Part]:
+    """The prompt of a question {"image", "question"} behind its exemplars {"image", "question", "answers"}."""
+    before = [(_pictures(s["image"]), s["question"], _first(s["answers"])) for s in shots]
+    return question_parts(row["question"], _pictures(row["image"]), shots=before)
 
 
 def _part(value: Part | str | Image.Image | Path) -> Part:

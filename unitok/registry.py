@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
+from typing import Any
 
 
 class Registry:
@@ -30,7 +31,7 @@ class Registry:
         """Sorted names of all registered systems; imports none of them."""
         return sorted(self._files() | self._entry_points().keys())
 
-    def get(self, name: str) -> type:
+    def get(self, name: str) -> type[Any]:
         """The class called `name` (a file, an entry point or "module:Class"). ValueError if there is none."""
         files, plugins = self._files(), self._entry_points()
         if ":" in name:
@@ -87,7 +88,7 @@ class Registry:
         return cls
 
 
-def _load(path: str, kind: str) -> object:
+def _load(path: str, kind: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)

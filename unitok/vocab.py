@@ -53,7 +53,10 @@ class Codebook:
     @property
     def ids(self) -> Sequence[int]:
         """All ids, in the order of their codes."""
-        return range(self.offset, self.offset + self.size) if self.table is None else self.table
+        if self.table is not None:
+            return self.table
+        assert self.offset is not None
+        return range(self.offset, self.offset + self.size)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -80,7 +83,7 @@ class Codebook:
     def contains(self, ids: np.ndarray) -> np.ndarray:
         """bool, of the shape of `ids`."""
         ids = np.asarray(ids)
-        if self.table is None:
+        if self.offset is not None:
             return (ids >= self.offset) & (ids < self.offset + self.size)
         ordered = self._lookup[2]
         return ordered[np.minimum(np.searchsorted(ordered, ids), self.size - 1)] == ids
@@ -150,26 +153,27 @@ class ImageVocab:
         """Whether the layout carries the grid, so that it may differ from image to image."""
         return "size" in self.layout or "rows" in self.layout
 
-    def codebook_of(self, grid: tuple[int, ...] | None = None) -> np.ndarray:
+    def codebook_of(self, grid: Sequence[int] | None = None) -> np.ndarray:
         """int64 [N]: the codebook each code token is drawn from; ValueError where the layout cannot carry the grid."""
         grid = self.grid if grid is None else _grid(grid)
         if grid == self.grid:
             if self.token_codebook is not None:
                 return np.asarray(self.token_codebook, dtype=np.int64)
-            return _usual_order(len(self.codebooks), grid)
-        if not self.variable:
+        elif not self.variable:
             raise ValueError(
                 f"grid {grid}: the layout '{' '.join(self.layout)}' carries the grid {self.grid} only;"
                 " add the tokenizer with a layout that has 'size' or 'rows'"
             )
-        if self.token_codebook is not None:
+        elif self.token_codebook is not None:
             raise ValueError(f"grid {grid}: token_codebook is given for the grid {self.grid} only")
         sub_tokens = grid[-1] == self.grid[-1] or len(self.codebooks) == 1
         if len(grid) != len(self.grid) or grid[2:] != self.grid[2:] or not sub_tokens:
             raise ValueError(f"grid {grid}: expected the axes of {self.grid}, of which only positions may differ")
-        return _usual_order(len(self.codebooks), grid)
+        order = _usual_order(len(self.codebooks), grid)
+        assert order is not None  # __post_init__ has seen to it
+        return order
 
-    def length(self, grid: tuple[int, ...] | None = None) -> int:
+    def length(self, grid: Sequence[int] | None = None) -> int:
         """L, without building the block."""
         grid = self.grid if grid is None else _grid(grid)
         header = len(self._header(grid)) if "size" in self.layout else 0
@@ -180,7 +184,7 @@ class ImageVocab:
         """int64 [L]: an id that is forced, or -1-k for any code of codebook k."""
         grid = self.grid if grid is None else _grid(grid)
         codes = -1 - self.codebook_of(grid)
-        out = []
+        out: list[np.ndarray | list[int]] = []
         for item in self.layout:
             if item == "codes":
                 out.append(codes)
@@ -306,7 +310,7 @@ class JointVocab:
         """The name itself, or the only one where None; ValueError listing the names."""
         if name is None and len(self.images) == 1:
             return next(iter(self.images))
-        if name not in self.images:
+        if name is None or name not in self.images:
             asked = "several image tokenizers, name one" if name is None else f"no image tokenizer {name!r}"
             raise ValueError(f"{asked}; this vocabulary has: {', '.join(self.images) or 'none'}")
         return name
@@ -332,8 +336,9 @@ class JointVocab:
         control = {label: self.rows + i for i, label in enumerate(names)}
         at, books = self.rows + len(names), []
         for k, size in enumerate(codebook_sizes):
-            if tables is not None and tables[k] is not None:
-                books.append(Codebook(int(size), table=tuple(tables[k])))
+            table = None if tables is None else tables[k]
+            if table is not None:
+                books.append(Codebook(int(size), table=tuple(table)))
             else:
                 books.append(Codebook(int(size), offset=at))
                 at += int(size)

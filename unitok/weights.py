@@ -49,12 +49,13 @@ def make_tokenizer(out: Path) -> None:
 
 
 def make_llm(out: Path) -> None:
+    from unitok.data.render import Template
     from unitok.lm.expand import expand_folder
 
     if not (out / "llm" / "model.safetensors").is_file():
         write_llm(out / "llm")
     shutil.rmtree(out / "expanded", ignore_errors=True)
-    expand_folder(out / "llm", out / "tokenizer", out / "expanded", NAME, template=TEMPLATE)
+    expand_folder(out / "llm", out / "tokenizer", out / "expanded", NAME, template=Template(**TEMPLATE).to_dict())
 
 
 def write_llm(out: Path, seed: int = 0) -> None:

@@ -59,11 +59,12 @@ class Encoder:
             if isinstance(found, ValueError):
                 slots[slot] = found
                 continue
-            slots[slot], pixels = found
-            if pixels is None or slots[slot] in fresh:
+            sha256, pixels = found
+            slots[slot] = sha256
+            if pixels is None or sha256 in fresh:
                 continue
             batch = waiting.setdefault(tuple(pixels.shape), {})
-            batch[slots[slot]] = pixels
+            batch[sha256] = pixels
             if len(batch) == self.batch_size:
                 fresh |= self._encode(waiting.pop(tuple(pixels.shape)))
         for batch in waiting.values():
@@ -156,8 +157,8 @@ class Encoder:
             parts.append(part)
         return replace(document, parts=tuple(parts))
 
-    def absorb(self, pictures: Iterable[tuple[str, np.ndarray, tuple[int, ...], str | None]]) -> None:
-        """Remember the pictures of a finished shard, and count their codes; the same after a restart."""
+    def absorb(self, pictures: Iterable[tuple[Any, Any, Any, str | None]]) -> None:
+        """Remember the pictures (sha256, codes, grid, words) of a finished shard, and count their codes; the same after a restart."""
         for sha256, codes, grid, words in pictures:
             if sha256 not in self.cache:
                 self.cache[sha256] = Picture(codes, grid, words)

@@ -119,9 +119,9 @@ def pack(
     documents, rng = [], np.random.default_rng(seed)
     for number, one in enumerate(rendered):
         fitting = split_long(one, length)
-        if not fitting and refused is None:
-            raise ValueError(f"document {number} has {len(one.ids)} ids with an image; rows hold {length}")
         if not fitting:
+            if refused is None:
+                raise ValueError(f"document {number} has {len(one.ids)} ids with an image; rows hold {length}")
             refused.append(number)
         documents += fitting
     order, rows = rng.permutation(len(documents)), []
@@ -190,7 +190,7 @@ class Stream:
 
     def take(self, n: int) -> list[list[int]]:
         """The next n rows, as lists of document numbers."""
-        out = []
+        out: list[list[int]] = []
         while len(out) < n:
             if self.row == len(self._rows):
                 self.number, self.row, self.drawn = self.number + 1, 0, self._after

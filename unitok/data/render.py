@@ -119,7 +119,7 @@ def question_parts(question: str, images=(), answer: str | None = None, shots: S
             parts.append(Part(type="text", text=answer, role="answer", loss=loss))
         return parts
 
-    shown = [part for shot in shots for part in turn(*shot, loss=False)]
+    shown = [part for before, asked, said in shots for part in turn(before, asked, said, loss=False)]
     return shown + turn(images, question, answer, loss=True)
 
 
@@ -141,10 +141,13 @@ def null_parts(
     return null + kept
 
 
+_NO_IDS = np.zeros(0, np.int64)
+
+
 class _Piece(NamedTuple):
     kind: str  # text | special | image
     text: str  # text, or the special token
-    ids: np.ndarray | None  # special and image
+    ids: np.ndarray  # special and image; none of a text, which is encoded later
     modality: np.ndarray | int
     loss: bool
     key: str  # texts of one key and loss are one piece
@@ -164,7 +167,7 @@ class _Pieces:
         if last and last.kind == "text" and (last.key, last.loss, last.modality) == (key, loss, modality):
             self.pieces[-1] = last._replace(text=last.text + text)
         else:
-            self.pieces.append(_Piece("text", text, None, modality, loss, key))
+            self.pieces.append(_Piece("text", text, _NO_IDS, modality, loss, key))
 
     def special(self, token: str, index: int, loss: bool, key: str = "") -> None:
         self.pieces.append(_Piece("special", token, np.array([index]), TEXT, loss, key))
@@ -189,7 +192,7 @@ class _Pieces:
     def plain(self, parts: Sequence[Part], prompt: bool) -> None:
         template, encoder = self.template, self.encoder
         if template.bos and encoder.bos is not None:
-            self.special(*encoder.bos, loss=False)
+            self.special(encoder.bos[0], encoder.bos[1], loss=False)
         turn, worded, touching = None, False, False  # open turn; it has its first words; the last part was a text
         for i, part in enumerate(parts):
             side = _side(part)
@@ -210,14 +213,14 @@ class _Pieces:
         self._eos(parts, prompt)
 
     def _close(self, turn: str | None, worded: bool, loss: bool, *, last: bool) -> None:
-        if worded:
+        if turn and worded:
             self.text(self.template.around(turn)[1], loss, turn)
-        if turn in ("answer", "system") and not last:
+        if turn and turn in ("answer", "system") and not last:
             self.text(self.template.shot_separator, loss, turn + "/end")
 
     def _eos(self, parts: Sequence[Part], prompt: bool) -> None:
         if not prompt and self.template.eos and self.encoder.eos is not None:
-            self.special(*self.encoder.eos, loss=bool(parts[-1].loss))
+            self.special(self.encoder.eos[0], self.encoder.eos[1], loss=bool(parts[-1].loss))
 
     def chat(self, parts: Sequence[Part], prompt: bool) -> None:
         """The text tokenizer's own template, with a mark for every part, so that no part is read as template."""
@@ -330,7 +333,7 @@ class _Encoder:
         return out
 
     def _behind(self, text: str, before: str | None) -> list[int]:
-        if before in self.added and not self.pattern.search(text):
+        if before is not None and before in self.added and not self.pattern.search(text):
             ids = self.tokenizer.encode(before + text, add_special_tokens=False)
             if ids[:1] == [self.added[before][0]]:
                 return ids[1:]

@@ -23,6 +23,7 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ from unitok.data.scenes import (
 
 DONE = "scenes.json"  # written last: the arguments that made the folder
 MAX_SHOTS = 4
-SPLITS = {  # which pairs a split shows; seeds differ by position
+SPLITS: dict[str, dict[str, Any]] = {  # which pairs a split shows; seeds differ by position
     "eyes": {},
     "train": {"pairs": TRAIN_PAIRS},
     "validation": {"must": HELD_OUT},
@@ -148,7 +149,7 @@ def _write_scored(out, split: str, scenes, names, rng) -> None:
 
 def _ordered_row(name: str, text: str, first: str) -> dict:
     """Caption and picture in one order; only the second of them is learnt."""
-    parts = [{"type": "text", "text": text}, {"type": "image", "image": name}]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}, {"type": "image", "image": name}]
     parts.sort(key=lambda part: part["type"] != first)
     parts[0]["loss"] = False
     return {"parts": parts}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -245,9 +246,10 @@ def claims(scene: Scene) -> list[Claim]:
     keeps neighbours in a clear relation."""
     out = []
     for order in itertools.permutations(scene.things):
-        relations = tuple(relation(a, b) for a, b in itertools.pairwise(order))
+        relations = tuple(r for a, b in itertools.pairwise(order) if (r := relation(a, b)))
+        clear = len(relations) == len(order) - 1 > 0
         for sized, ground, related in itertools.product((False, True), repeat=3):
-            if related and (len(order) == 1 or None in relations):
+            if related and not clear:
                 continue
             out.append(
                 Claim(
@@ -277,7 +279,7 @@ def all_captions(scene: Scene) -> list[str]:
 
 @dataclass(frozen=True)
 class Question:
-    """kind: one of KINDS. `about`: the symbols the oracle answers from; `names`: the (shape, colour) pairs it spells."""
+    """kind: one of KINDS. about: the symbols the oracle answers from. names: the (shape, colour) pairs it spells."""
 
     kind: str
     text: str
@@ -303,10 +305,8 @@ def answer(scene: Scene, kind: str, about: tuple) -> str | None:
     if kind == "yes/no":  # about: ((shape, colour),)
         return "yes" if any(t.pair == about[0] for t in things) else "no"
     if kind == "relation":  # about: (pair, pair), (shape, shape) or (colour, colour)
-        found = [[t for t in things if name in (t.pair, t.shape, t.colour)] for name in about]
-        if any(len(f) != 1 for f in found):
-            return None
-        return relation(found[0][0], found[1][0])
+        meant = [[t for t in things if name in (t.pair, t.shape, t.colour)] for name in about]
+        return relation(meant[0][0], meant[1][0]) if all(len(m) == 1 for m in meant) else None
     raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(KINDS)}")
 
 
@@ -343,20 +343,18 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
     allowed = set(pairs)
     out: list[Question | None] = []
 
-    def pick(options: list) -> object:
+    def pick(options: list) -> Any:
         return options[int(rng.integers(len(options)))]
 
     for kind, index in (("colour", 0), ("shape", 1)):
         asked = [_ask(scene, kind, (t.pair[index],)) for t in scene.things]
         valid = [q for q in asked if q]
         out.append(pick(valid) if valid else None)
-    whole = rng.random() < 0.5
-    about = (
-        ()
-        if whole
-        else (str(pick([*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair))),)
-    )
-    out.append(_ask(scene, "count", about))
+    if rng.random() < 0.5:
+        out.append(_ask(scene, "count", ()))
+    else:
+        words = [*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair)
+        out.append(_ask(scene, "count", (str(pick(words)),)))
 
     present = [t.pair for t in scene.things]
     yes = [p for p in present if p in allowed]
@@ -370,7 +368,7 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
         a, b = scene.things[i], scene.things[i + 1]
         if rng.random() < 0.5:
             a, b = b, a
-        names = [(a.shape, b.shape), (a.colour, b.colour)]
+        names: list[tuple] = [(a.shape, b.shape), (a.colour, b.colour)]
         if a.pair in allowed and b.pair in allowed:
             names.append((a.pair, b.pair))
         valid = [q for q in (_ask(scene, "relation", name) for name in names) if q]

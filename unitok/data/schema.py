@@ -59,9 +59,11 @@ class Part:
         if not isinstance(other, Part):
             return NotImplemented
         same = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "codes")
-        return same and (self.codes is None) == (other.codes is None) and np.array_equal(self.codes, other.codes)
+        if self.codes is None or other.codes is None:
+            return same and self.codes is other.codes
+        return same and np.array_equal(self.codes, other.codes)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def text_part(text: str, *, loss: bool = True, role: str = "plain") -> Part:
@@ -229,10 +231,12 @@ class _Reader:
             return [text_part(text, loss=loss, role=role)] if text else []
         if item.get("type") in ("image", "image_url"):
             image = next((item[key] for key in ("image", "path", "url", "image_url") if key in item), None)
-            if image is None and not pending:
-                why = "an image without a file" if pending is None else "a place for an image, but no image is left"
-                raise ValueError(f"{at}: {why}")
-            return [self._image(pending.pop(0) if image is None else image, loss=loss, role=role)]
+            if image is None:
+                if not pending:
+                    left = "an image without a file" if pending is None else "a place for an image, but no image is left"
+                    raise ValueError(f"{at}: {left}")
+                image = pending.pop(0)
+            return [self._image(image, loss=loss, role=role)]
         raise ValueError(f"{at}: unknown type {item.get('type')!r}; text or image")
 
     def _images(self, *, required: bool) -> list[Any]:

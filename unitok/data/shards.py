@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +62,8 @@ def tokenize(
     with _Folder(out, job) as folder:
         resumed = folder.counts()["rows"]
         if folder.done is None:
-            Manifest(tokenizers={name: section}, licences=licences).save(out)
+            place = {"path": str(tokenizer)} if isinstance(tokenizer, str | Path) else {}  # for who wants to look
+            Manifest(tokenizers={name: {**section, **place}}, licences=licences).save(out)
             encoder = Encoder(_open(tokenizer, device), name, batch_size, workers, strict)
             for shard in folder.shards:
                 encoder.absorb(_Columns(out / shard["file"]).pictures())
@@ -73,7 +74,7 @@ def tokenize(
                     if report:
                         report(folder.counts())
             folder.finish(str(data), {"tokenizer": name, "distinct": encoder.distinct, "census": encoder.census()})
-        summary = dict(folder.done)
+        summary = dict(folder.done or {})
     return summary | {"out": str(out), "resumed": resumed, "seconds": time.perf_counter() - begun}
 
 
@@ -179,9 +180,9 @@ class _Folder:
             pq.write_table(_table(documents), temporary, compression="zstd")
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
-        images = [part for document in documents for part in document.parts if part.codes is not None]
+        images = [part.codes for document in documents for part in document.parts if part.codes is not None]
         entry = {"file": name, "bytes": _size(self.out / name), "rows": rows, "documents": len(documents),
-                 "quarantined": len(bad), "images": len(images), "tokens": sum(len(part.codes) for part in images),
+                 "quarantined": len(bad), "images": len(images), "tokens": sum(map(len, images)),
                  "quarantine_bytes": _size(quarantine) or 0}  # fmt: skip
         self._append(entry)
         self.shards.append(entry)
@@ -296,7 +297,7 @@ def _table(documents: list[Document]) -> pa.Table:
     })  # fmt: skip
 
 
-def _lists(values: Sequence[Sequence[int] | None]) -> pa.Array:
+def _lists(values: Sequence[Any]) -> pa.Array:
     """list<int32>, null where a value is None."""
     lengths = [0 if value is None else len(value) for value in values]
     starts = list(accumulate(lengths, initial=0))
@@ -336,7 +337,7 @@ class _Columns:
         parts = tuple(self._part(p) for p in range(self.offsets[n], self.offsets[n + 1]))
         return Document(self.ids[n].as_py(), parts, self.kinds[n].as_py(), json.loads(self.metas[n].as_py()))
 
-    def pictures(self) -> Iterator[tuple[str, np.ndarray, tuple[int, ...], str | None]]:
+    def pictures(self) -> Iterator[tuple[Any, Any, Any, str | None]]:
         parts = (self._part(p) for p in range(len(self.text)))
         yield from ((part.sha256, part.codes, part.grid, part.words) for part in parts if part.codes is not None)
 
@@ -364,6 +365,10 @@ class Shards(Sequence[Document]):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @overload
+    def __getitem__(self, n: int) -> Document: ...
+    @overload
+    def __getitem__(self, n: slice) -> list[Document]: ...
     def __getitem__(self, n: int | slice) -> Document | list[Document]:
         if isinstance(n, slice):
             return [self[i] for i in range(*n.indices(len(self)))]

@@ -273,7 +273,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_tar(file: Path) -> Iterator[tuple[int, Any]]:
     """WebDataset samples: consecutive members that share a name up to the first dot; columns by extension."""
-    number, key, members = 0, None, {}
+    number, key = 0, None
+    members: dict[str, Slice] = {}
     try:
         with tarfile.open(file, "r:") as tar, open(file, "rb") as opened:
             for member in tar:

@@ -52,7 +52,7 @@ class Condition:
     def rows(self, index: slice | Sequence[int]) -> Condition:
         """The condition of some of its images."""
         chosen = range(len(self))[index] if isinstance(index, slice) else index
-        picked = {}
+        picked: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
@@ -62,7 +62,7 @@ class Condition:
         return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Condition:
-        moved = {n: getattr(self, n).to(device) for n in ("codes", "vectors") if getattr(self, n) is not None}
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("codes", "vectors") if getattr(self, n) is not None}
         return replace(self, **moved)
 
 
@@ -80,7 +80,7 @@ class Detokenizer(Pretrained):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "generate" in cls.__dict__:
-            cls.generate = _checked_generate(cls.__dict__["generate"])
+            cls.generate = _checked_generate(cls.__dict__["generate"])  # type: ignore[method-assign]
 
     def generate(
         self,

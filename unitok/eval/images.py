@@ -6,8 +6,9 @@ Shapes: images float [B, 3, H, W] in [0, 1]; h, w token grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +39,37 @@ def run(model, recipe) -> list[Score]:
 
 
 @torch.no_grad()
-def evaluate(tokenizer, rows: Sequence[Mapping], *, batch_size=32, seed=0, sheet: Path | None = None) -> list[Score]:
-    """Scores over `rows` ({"id", "image"}); the reference is each picture as the tokenizer's preprocessing fits it."""
+def evaluate(
+    tokenizer,
+    rows: Sequence[Mapping],
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    sheet: Path | None = None,
+    decode: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
+    keep: Callable[[str, Tensor], None] | None = None,
+) -> list[Score]:
+    """Scores over `rows` ({"id", "image"}); the reference is each picture as the tokenizer's preprocessing fits it.
+
+    decode: codes, grid -> pictures, in place of the tokenizer's own. keep: called with each id and reconstruction.
+    """
+    decode = tokenizer.decode if decode is None else decode
     device = next(tokenizer.parameters(), torch.empty(0)).device
     was_training = tokenizer.training
     tokenizer.eval()
     arms = ("codes", "block_mean", "one_colour")
     psnrs: dict[str, dict[str, float]] = {arm: {} for arm in arms}
     ssims: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    grids, shown = {}, None
+    grids: dict[tuple[int, ...], int] = {}
+    shown: dict[str, Tensor] | None = None
     for batch in batches(rows, batch_size, "reconstruct"):
         images = torch.stack([tokenizer.preprocess(read_image(row["image"])) for row in batch])  # [B, 3, H, W]
         grid = tuple(tokenizer.grid(*images.shape[-2:]))
         grids[grid] = grids.get(grid, 0) + len(batch)
-        made = tokenizer.decode(tokenizer.encode(images.to(device)), grid).float().cpu()
+        made = decode(tokenizer.encode(images.to(device)), grid).float().cpu()
+        if keep is not None:
+            for row, picture in zip(batch, made, strict=True):
+                keep(row["id"], picture)
         pictures = {"codes": made, "block_mean": block_mean(images, grid), "one_colour": block_mean(images, (1, 1))}
         for arm, picture in pictures.items():
             for table, metric in ((psnrs, psnr), (ssims, ssim)):
@@ -132,7 +150,7 @@ def _check_pair(images: Tensor, reference: Tensor) -> None:
 # ---- contact sheet ---------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(strips: Mapping[str, Sequence], *, cell: int | None = None, gap: int = 2) -> Image.Image:
+def contact_sheet(strips: Mapping[str, Any], *, cell: int | None = None, gap: int = 2) -> Image.Image:
     """One labelled strip of pictures a name, pictures ([3, H, W] in [0, 1], or PIL) side by side; pixels stay crisp.
 
     `cell` is the longest side of a shown picture; by default small pictures are enlarged by a whole factor to 96 or so.

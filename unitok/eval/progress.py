@@ -72,15 +72,15 @@ class ReplyLog:
         self.replies: dict[tuple[str, str], str] = {}
         if self.path is None:
             return
-        lines = [{"header": dict(header)}, *self._kept(header)]
+        lines = [{"header": dict(header)}, *self._kept(self.path, header)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))  # drops a torn last line
 
-    def _kept(self, header: Mapping[str, Any]) -> list[dict[str, str]]:
-        if not self.path.is_file() or header.get("model") is None:
+    def _kept(self, path: Path, header: Mapping[str, Any]) -> list[dict[str, str]]:
+        if not path.is_file() or header.get("model") is None:
             return []
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:

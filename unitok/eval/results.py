@@ -240,10 +240,11 @@ def compare(a: str | Path, b: str | Path, *, seed: int = 0, echo: Callable[[Any]
 
 
 def _difference(a: Score, b: Score, seed: int) -> Difference:
-    paired = a.items is not None and b.items is not None and set(a.items) == set(b.items)
+    mine, other = a.items or {}, b.items or {}
+    paired = a.items is not None and b.items is not None and set(mine) == set(other)
     if paired:
-        rows = sorted(a.items)
-        value, interval = paired_difference([a.items[i] for i in rows], [b.items[i] for i in rows], seed=seed)
+        rows = sorted(mine)
+        value, interval = paired_difference([mine[i] for i in rows], [other[i] for i in rows], seed=seed)
     else:
         value = b.value - a.value
         # Newcombe's hybrid: each end joins the halves that point to it

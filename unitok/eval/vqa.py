@@ -177,7 +177,8 @@ class ShotSampler:
 
     def draw(self, row: Row) -> list[dict[str, Any]]:
         """k shots {"id", "image", "question", "answers": [its most given answer]}, different rows, in prompt order."""
-        rng, shown, chosen = row_rng(self.seed, "shots", row["id"]), image_keys(row), []
+        rng, shown = row_rng(self.seed, "shots", row["id"]), image_keys(row)
+        chosen: list[int] = []
         allowed = 10 * self.k + 100  # draws before the training rows are searched one by one
         while len(chosen) < self.k and allowed > 0:
             i, allowed = rng.randrange(len(self.train)), allowed - 1
@@ -259,7 +260,7 @@ class TextPrior:
 
 def _arms(wanted: Sequence[str] | None, shown: Mapping[str, frozenset], train: Sequence[Row], shots: int) -> list[str]:
     """The baselines to compute; ValueError for one that is asked for by name and cannot be had."""
-    lacks = {}
+    lacks: dict[str, str] = {}
     if not train:
         lacks |= dict.fromkeys(FROM_TEXT, "needs training rows: give the recipe train")
     if not shots:

@@ -162,6 +162,8 @@ def _restore_head_bias(peft_model: PeftModel) -> None:
         if not isinstance(module, TrainableTokensLayer) or getattr(module.base_layer, "bias", None) is None:
             continue
         weight = module.base_layer.weight
+        if weight.is_meta:  # no values: it is only counted
+            continue
         with torch.no_grad():
             at_zero = module(weight.new_zeros(1, weight.shape[1]))
         if not torch.equal(at_zero[0], module.base_layer.bias):

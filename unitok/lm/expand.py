@@ -185,6 +185,20 @@ def open_lm(
 ) -> PreTrainedModel:
     """The causal LM in a folder, in eval mode and, unless told otherwise, the checkpoint's own dtype."""
     folder = open_folder(folder)
+    config = open_config(folder, trust_remote_code=trust_remote_code)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:  # transformers would go on with random weights
+        raise ValueError(
+            f"{folder}: its weights lack {lacking[0]} and {len(lacking) - 1} more of {type(model).__name__}"
+        )
+    return model.to(device).eval()
+
+
+def open_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the causal LM in a folder; ValueError where it is none."""
     if not (folder / "config.json").is_file():
         hint = ": it is an adapter, export it first" if (folder / "adapter_config.json").is_file() else ""
         raise FileNotFoundError(f"{folder}: no config.json, so no language model{hint}")
@@ -196,15 +210,7 @@ def open_lm(
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise ValueError(_not_causal(config))
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lacking:  # transformers would go on with random weights
-        raise ValueError(
-            f"{folder}: its weights lack {lacking[0]} and {len(lacking) - 1} more of {type(model).__name__}"
-        )
-    return model.to(device).eval()
+    return config
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         *,
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        config: dict | None = None,
+        config: Any = None,
         model_card_kwargs: dict | None = None,
         **hub: Any,
     ) -> str | None:

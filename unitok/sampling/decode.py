@@ -27,7 +27,7 @@ DROP_AT = 8  # rows that are done are dropped once they are one in eight: droppi
 @torch.no_grad()
 def generate_ids(
     lm: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     vocab: JointVocab | None,
     *,
     text_size: int,
@@ -61,8 +61,8 @@ def generate_ids(
     seeds: one a row; needed unless greedy.
     tokenizers: the names that may begin an image (default: all). grids: the grid of a name where it is not the default.
     """
-    prompts = [np.asarray(p, np.int64).reshape(-1) for p in prompts]
-    count = len(prompts)
+    begun = [np.asarray(p, np.int64).reshape(-1) for p in prompts]
+    count = len(begun)
     if not count:
         return []
     grammar = Grammar(vocab, text_size, eos_ids, tokenizers=tokenizers, grids=grids)
@@ -71,11 +71,11 @@ def generate_ids(
     texts_images = [_pair(x, name) for x, name in ((temperature, "temperature"), (top_k, "top_k"), (top_p, "top_p"))]
     choices = [Choice(*values) for values in zip(*texts_images, strict=True)]
     branches = _branches(weights, [null_prompts, image_null_prompts], count, wanted=len(grammar.names) > 0)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(begun):
         if not len(prompt) and forced[row] is None:
             raise ValueError(f"prompt {row} is empty: give it at least one id (BOS), or force an image")
     positions, block = _positions(lm), int(grammar.length.max())
-    _check_ids(prompts, grammar.rows, positions, "prompt")
+    _check_ids(begun, grammar.rows, positions, "prompt")
     _check_ids(branches[1], grammar.rows, positions - block, "null prompt")
     _check_ids(branches[2], grammar.rows, positions - block, "image null prompt")
     if seeds is None and not all(choice.greedy for choice in choices):
@@ -84,14 +84,14 @@ def generate_ids(
         raise ValueError(f"{len(seeds)} seeds for {count} prompts")
 
     room = np.array(_per_row(max_new_tokens, count, "max_new_tokens"), np.int64)
-    room = np.minimum(room, positions - np.array([len(p) for p in prompts]))
+    room = np.minimum(room, positions - np.array([len(p) for p in begun]))
     budget = np.array(_per_row(max_images, count, "max_images"), np.int64)
-    cursor, first = grammar.start(prompts, room, budget, forced)
+    cursor, first = grammar.start(begun, room, budget, forced)
 
     training = lm.training
     lm.eval()
     try:
-        return _Loop(lm, grammar, cursor, prompts, first, weights, branches, choices, seeds).run()
+        return _Loop(lm, grammar, cursor, begun, first, weights, branches, choices, seeds).run()
     finally:
         lm.train(training)
 
@@ -107,7 +107,7 @@ class _Loop:
         prompts: Sequence[np.ndarray],
         first: np.ndarray,
         weights: np.ndarray,
-        branches: Sequence[Sequence[np.ndarray] | None],
+        branches: Sequence[Sequence[np.ndarray]],
         choices: Sequence[Choice],
         seeds: Sequence[int] | None,
     ):
@@ -195,7 +195,7 @@ class _Loop:
         for branch in range(1, BRANCHES):
             requests = np.flatnonzero(opened & (self.weights[:, branch] != 0))
             prefixes = []
-            for b in requests:
+            for b in requests.tolist():
                 block = self.prompts[b][len(self.prompts[b]) - self.cursor.carried[b] :]  # what the prompt has of it
                 prefixes.append(np.concatenate([self.branches[branch][b], block[:-1]]))
             if len(requests):
@@ -213,12 +213,12 @@ class _Loop:
             self.owner, self.branch, self.alive = self.owner[keep], self.branch[keep], self.alive[keep]
 
 
-def _branches(weights: np.ndarray, given: Sequence, count: int, wanted: bool) -> list[list[np.ndarray] | None]:
-    """[None, null prompts, image null prompts], each a list with one array a row, or None where no row needs it."""
-    out: list[list[np.ndarray] | None] = [None]
+def _branches(weights: np.ndarray, given: Sequence, count: int, wanted: bool) -> list[list[np.ndarray]]:
+    """[nothing, null prompts, image null prompts], each with one array a row, or empty where no row needs it."""
+    out: list[list[np.ndarray]] = [[]]
     for branch, (name, prompts) in enumerate(zip(("null_prompts", "image_null_prompts"), given, strict=True), start=1):
         if not (wanted and weights[:, branch].any()):
-            out.append(None)
+            out.append([])
         elif prompts is None:
             raise ValueError(f"this guidance needs {name}, one a row (guidance 1 needs none)")
         elif len(prompts) != count:
@@ -228,15 +228,15 @@ def _branches(weights: np.ndarray, given: Sequence, count: int, wanted: bool) ->
     return out
 
 
-def _check_ids(prompts: Sequence[np.ndarray] | None, rows: int, longest: int, what: str) -> None:
-    for row, ids in enumerate(prompts or ()):
+def _check_ids(prompts: Sequence[np.ndarray], rows: int, longest: int, what: str) -> None:
+    for row, ids in enumerate(prompts):
         if len(ids) and not (0 <= ids.min() and ids.max() < rows):
             raise ValueError(f"{what} {row} has ids from {ids.min()} to {ids.max()}; expected 0 to {rows - 1}")
         if len(ids) > longest:
             raise ValueError(f"{what} {row} has {len(ids)} ids; the model has room for {longest} of them")
 
 
-def _positions(lm: nn.Module) -> int:
+def _positions(lm: Any) -> int:
     """How many positions the model has; a large number where it does not say."""
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else 2**31

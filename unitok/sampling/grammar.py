@@ -38,12 +38,13 @@ class Grammar:
         tokenizers: Sequence[str] | None = None,
         grids: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        images = {} if vocab is None else vocab.images
+        vocab = JointVocab(max(text_size, 0)) if vocab is None else vocab
+        images = vocab.images
         for name in (*(tokenizers or ()), *(grids or ())):
             if name not in images:
                 raise ValueError(f"no image tokenizer {name!r} in this vocabulary; it has {sorted(images)}")
         self.names = tuple(images)
-        self.rows = text_size if vocab is None else vocab.rows
+        self.rows = vocab.rows
         if not 0 < text_size <= self.rows:
             raise ValueError(f"text_size is {text_size}; expected 1 to {self.rows}, the rows of the vocabulary")
         if any(not 0 <= eos < self.rows for eos in eos_ids):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +34,18 @@ class GrowingLayer(DynamicLayer):
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if not self.is_initialized or new > self._buffers[0].shape[-2]:
-            self._set(*(_room(x, old, y) for x, y in zip(self._held(), (key_states, value_states), strict=True)), old)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, old:new] = states
-        self._set(*self._buffers, new)
+            held = self._held()
+            self._set(_room(held[0], old, key_states), _room(held[1], old, value_states), old)
+        keys, values = self._buffers
+        keys[:, :, old:new], values[:, :, old:new] = key_states, value_states
+        self._set(keys, values, new)
         return self.keys, self.values
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the rows `index`, in its order; an index may repeat."""
         if self.is_initialized:
-            self._set(*(x.index_select(0, index) for x in self._held()), self.get_seq_length())
+            keys, values = (x.index_select(0, index) for x in self._held())
+            self._set(keys, values, self.get_seq_length())
 
     def append(self, added: int, columns: int, other: GrowingLayer, source: torch.Tensor, place: torch.Tensor) -> None:
         """Add `added` rows and right-align all at `columns`; the new row place[i] is the row source[i] of `other`."""
@@ -58,7 +61,7 @@ class GrowingLayer(DynamicLayer):
             if theirs is not None:
                 out[rows + place, :, columns - theirs.shape[2] :] = theirs[source]
             held.append(out)
-        self._set(*held, columns)
+        self._set(held[0], held[1], columns)
 
     def _held(self) -> tuple:
         return (self.keys, self.values) if self.is_initialized else (None, None)
@@ -71,7 +74,7 @@ class GrowingLayer(DynamicLayer):
 
 def _room(held: torch.Tensor | None, old: int, new: torch.Tensor) -> torch.Tensor:
     out = new.new_empty(*new.shape[:2], old + new.shape[2] + ROOM, new.shape[3])
-    if old:
+    if held is not None:
         out[:, :, :old] = held
     return out
 
@@ -81,8 +84,8 @@ class Rows:
 
     def __init__(self, lm: nn.Module, kinds: Sequence[np.ndarray]):
         """`kinds`: the ids of each kind of logits that will be asked for; kind 0 is text, and the largest."""
-        self.lm = lm
-        self.model = lm.get_base_model() if hasattr(lm, "get_base_model") else lm  # inside a PEFT wrapper
+        self.lm: Any = lm
+        self.model: Any = getattr(lm, "get_base_model", lambda: lm)()  # inside a PEFT wrapper
         self.device = self.model.get_input_embeddings().weight.device
         self.cache = new_cache(self.model.config)
         self.columns = 0
@@ -114,7 +117,7 @@ class Rows:
         kept = [(unique[tuple(p)], i) for i, p in enumerate(prefixes) if len(p)]
         source, place = torch.tensor(kept, dtype=torch.int64, device=self.device).reshape(-1, 2).unbind(1)
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            if isinstance(mine, GrowingLayer):
+            if isinstance(mine, GrowingLayer) and isinstance(theirs, GrowingLayer):
                 mine.append(len(prefixes), columns, theirs, source, place)
         new = [columns - len(p) for p in prefixes]
         self.start = np.concatenate([self.start + columns - self.columns, np.array(new, np.int64)])
@@ -147,17 +150,17 @@ class Rows:
         return F.linear(last, *self._weights[kind]).float()
 
     def _forward(self, ids: np.ndarray, cache: DynamicCache, start: np.ndarray, columns: int) -> torch.Tensor:
-        ids = torch.from_numpy(ids).to(self.device)
-        kwargs = {self._cache_name: cache, "use_cache": True}
+        fed = torch.from_numpy(ids).to(self.device)
+        kwargs: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
         first = torch.from_numpy(start).to(self.device)[:, None]
-        column = torch.arange(columns + ids.shape[1], device=self.device)
+        column = torch.arange(columns + fed.shape[1], device=self.device)
         if start.any():
             kwargs["attention_mask"] = (column >= first).long()  # [R, T]
         if self._positions:
             kwargs["position_ids"] = (column[columns:] - first).clamp_(min=0)  # [R, W]
         if self.head is None:
-            return self.lm(input_ids=ids, **kwargs, **self._last_only).logits[:, -1]
-        return self.model.base_model(input_ids=ids, **kwargs).last_hidden_state[:, -1]
+            return self.lm(input_ids=fed, **kwargs, **self._last_only).logits[:, -1]
+        return self.model.base_model(input_ids=fed, **kwargs).last_hidden_state[:, -1]
 
     def _plain_head(self) -> nn.Linear | None:
         """The output head where the logits are just this linear map of the last hidden state, else None.
