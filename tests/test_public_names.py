@@ -20,7 +20,8 @@ def test_every_public_name_resolves(name):
 
 
 def test_import_and_the_registries_load_no_framework():
-    code = "import sys, unitok; assert 'fsq' in unitok.tokenizers.names(); print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, unitok; assert 'fsq' in unitok.tokenizers.names()\n"
+    code += "print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(unitok.__file__).parents[1])}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
 

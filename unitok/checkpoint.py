@@ -205,7 +205,8 @@ def _table(path: Path, value: Any, key: str | None) -> dict[str, Tensor]:
 
     if key is not None:
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{path}: no {key!r} in it; it has {_some(list(value) if isinstance(value, dict) else [])}")
+            has = _some(list(value) if isinstance(value, dict) else [])
+            raise ValueError(f"{path}: no {key!r} in it; it has {has}")
         value = value[key]
     while isinstance(value, dict) and not all(isinstance(v, Tensor) for v in value.values()):
         nest = next((n for n in NESTS if isinstance(value.get(n), dict)), None)

@@ -288,7 +288,9 @@ def reconstruct(
     tokenizer: Annotated[str, Argument(metavar="TOKENIZER", help="An image tokenizer: a folder or a Hub id.")],
     images: Annotated[list[str], Argument(metavar="IMAGES", help="Pictures, folders, or other data with pictures.")],
     out: Out,
-    detokenizer: Annotated[str | None, Option("--detokenizer", metavar="D", help="Draws instead of the decoder.")] = None,
+    detokenizer: Annotated[
+        str | None, Option("--detokenizer", metavar="D", help="Draws instead of the decoder.")
+    ] = None,
 ) -> None:
     """Encode and decode pictures, and measure what is lost.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 VARIABLE = "UNITOK_DATA"
 
@@ -45,6 +45,13 @@ class ShardSource(Section):
     flip: Fraction = 0.0  # share of documents whose caption and image change places
     caption_drop: Fraction = 0.0  # share of captions replaced by the template's null prompt
     loss: Literal["default", "all"] = "default"
+    share_prefix: bool = False  # neighbouring documents that begin with the same pictures share them
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ShardSource:
+        if self.share_prefix and (self.flip or self.caption_drop):
+            raise ValueError("share_prefix goes with neither flip nor caption_drop")
+        return self
 
 
 class TokenizerArguments(BaseModel):
@@ -72,7 +79,9 @@ class SampleQuestion(Section):
 
 
 def _as_questions(value: Any) -> Any:
-    return [{"question": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+    return (
+        [{"question": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+    )
 
 
 class Samples(Section):

@@ -30,8 +30,8 @@ from unitok.config import DataSource, LanguageModelRecipe, make_recipe
 
 BASE = ASSETS / "scenes"
 PICTURES = {"train": 8000, "validation": 100, "test": 600}
-SHOTS = 16000  # interleaved documents
-SOURCES = ("train_draw", "train_describe", "train_shots")
+SHOTS = 4000  # interleaved documents
+SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
 DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
@@ -59,7 +59,8 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "data": [
             {"shards": shards[0], "weight": 1, "caption_drop": 0.1},
             {"shards": shards[1], "weight": 1},
-            {"shards": shards[2], "weight": 3},
+            {"shards": shards[2], "weight": 3, "share_prefix": True},
+            {"shards": shards[3], "weight": 0.5},
         ],
         "out": str(out / "adapter"),
         "seed": seed,

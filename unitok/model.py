@@ -56,7 +56,7 @@ def load(
 
 
 def around(
-    lm: torch.nn.Module,
+    lm: Any,
     folder: str | Path,
     *,
     template: Mapping[str, Any] | None = None,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-from unitok.data.packing import IGNORE, Source, Store, Stream, collate, pack, plan, split_long
+from unitok.data.packing import IGNORE, Source, Store, Stream, collate, pack, plan, share_prefixes, split_long
 from unitok.data.render import CONTROL, IMAGE, TEXT, Rendered
 
 SIZES = dict(
@@ -46,6 +46,55 @@ def test_packed_documents_get_the_logits_they_get_alone(name, attention):
                 alone = model(input_ids=torch.from_numpy(one.ids)[None]).logits[0]
                 there = packed[b][batch.document[b] == number]
                 torch.testing.assert_close(there, alone, atol=1e-5, rtol=0)
+
+
+def questions(*words, codes=6, seed=0):
+    """Questions about one picture: the picture and the question carry no loss, the last word does."""
+    picture = captioned(1, codes, seed)
+    out = []
+    for n, count in enumerate(words):
+        own = text(count, seed=100 * seed + n)
+        weights = np.zeros(len(picture.ids) + count, np.float32)
+        weights[-1] = 1
+        out.append(
+            Rendered(np.concatenate([picture.ids, own.ids]), weights, np.concatenate([picture.modality, own.modality]))
+        )
+    return out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_branches_get_the_logits_they_get_alone(name, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation=attention).eval()
+    asked = questions(4, 2, 5) + questions(3, 3, seed=1)
+    shared = share_prefixes(asked, 40)
+    assert [len(one.ids) for one in shared] == [9 + 4 + 2 + 5, 9 + 3 + 3]
+    batch = collate([[shared[0], text(6, 3)], [shared[1]]], 30)
+    with torch.no_grad():
+        logits = model(**batch.inputs()).logits
+        for b, own in ((0, asked[:3]), (1, asked[3:])):
+            for number, one in enumerate(own, 1):
+                alone = model(input_ids=torch.from_numpy(one.ids)[None]).logits[0]
+                mine = (batch.document[b] == 0) & ((batch.branch[b] == 0) | (batch.branch[b] == number))
+                torch.testing.assert_close(logits[b][mine], alone, atol=1e-5, rtol=0)
+                assert batch.labels[b][mine].tolist() == collate([[one]]).labels[0, : len(one.ids)].tolist()
+        after = model(input_ids=torch.from_numpy(text(6, 3).ids)[None]).logits[0]
+        torch.testing.assert_close(logits[0][batch.document[0] == 1], after, atol=1e-5, rtol=0)
+
+
+def test_only_what_can_be_shared_is_shared():
+    asked = questions(4, 2, 5)
+    assert [len(one.ids) for one in share_prefixes(asked, 9 + 4 + 2)] == [15, 14]  # a row has no room for the third
+    said = [captioned(0, 6), captioned(0, 6)]  # the text behind the picture is learnt from its first word
+    said = [
+        Rendered(np.append(d.ids, [5, 6]), np.append(d.weights * 0, [1, 1]), np.append(d.modality, [0, 0]))
+        for d in said
+    ]
+    texts = [text(4), text(4)]
+    for documents in (said, texts):
+        out = share_prefixes(documents, 99)
+        assert len(out) == 2 and all(a is b for a, b in zip(out, documents, strict=True))
 
 
 def test_a_cache_would_let_documents_see_each_other():

@@ -158,7 +158,7 @@ class Encoder:
         return replace(document, parts=tuple(parts))
 
     def absorb(self, pictures: Iterable[tuple[Any, Any, Any, str | None]]) -> None:
-        """Remember the pictures (sha256, codes, grid, words) of a finished shard, and count their codes; the same after a restart."""
+        """Remember a finished shard's pictures (sha256, codes, grid, words), count their codes; so after a restart."""
         for sha256, codes, grid, words in pictures:
             if sha256 not in self.cache:
                 self.cache[sha256] = Picture(codes, grid, words)

@@ -4,6 +4,9 @@ Documents of a row do not see each other: positions start at 0 in each, and tran
 when it gets `position_ids`, no attention mask and no cache (`PackedBatch.inputs` is just that). Padding at the end of
 a row is a document of its own and never carries loss.
 
+Documents that begin with the same pictures may share them (`share_prefixes`): a trunk that all see, and branches that
+see the trunk and themselves, at the positions they would have alone. Ten questions then cost one picture.
+
 Shapes: B rows, T ids a row, L ids a document, D documents, S ids of all documents.
 """
 
@@ -12,6 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,24 +39,92 @@ class PackedBatch:
     labels: Tensor  # int64 [B, T], IGNORE where nothing is predicted
     weights: Tensor  # float32 [B, T], loss weight of the label; 0 where there is none
     label_modality: Tensor  # int64 [B, T], of the label
+    branch: Tensor  # int64 [B, T], 0: what every branch of the document sees
 
     def to(self, device) -> PackedBatch:
         return PackedBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
     def inputs(self) -> dict[str, object]:
-        """Arguments of a Hugging Face causal LM under which no document sees another."""
-        return {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
+        """Arguments of a Hugging Face causal LM under which no document sees another, and no branch another."""
+        inputs: dict[str, object] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
+        if self.branch.any():
+            inputs["attention_mask"] = self.mask()
+        return inputs
+
+    def mask(self) -> Tensor:
+        """float32 [B, 1, T, T] to add to attention scores: eager attention takes no boolean one."""
+        same = self.document[:, :, None] == self.document[:, None, :]
+        seen = (self.branch[:, None, :] == 0) | (self.branch[:, :, None] == self.branch[:, None, :])
+        allowed = (same & seen).tril()  # [B, T, T]
+        hidden = torch.finfo(torch.float32).min
+        return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, hidden)[:, None]
+
+
+class Branched(NamedTuple):
+    """Several documents with one beginning; the columns of Rendered, and of each id its branch and position."""
+
+    ids: np.ndarray  # int64 [L]
+    weights: np.ndarray  # float32 [L]
+    modality: np.ndarray  # int8 [L]
+    branch: np.ndarray  # int16 [L], 0: the trunk
+    positions: np.ndarray  # int32 [L]
+
+
+def share_prefixes(documents: Sequence[Rendered], length: int) -> list[Rendered | Branched]:
+    """Neighbours that begin with the same pictures become one Branched of at most `length` ids; others stay."""
+    out: list[Rendered | Branched] = []
+    for trunk, own in groupby(documents, lambda one: one.ids[: _trunk(one)].tobytes()):
+        stem = len(trunk) // documents[0].ids.itemsize
+        group: list[Rendered] = []
+        for one in own:
+            used = stem + sum(len(d.ids) - stem for d in group)
+            if group and (stem == 0 or used + len(one.ids) - stem > length):
+                out.append(_join(group, stem))
+                group = []
+            group.append(one)
+        out.append(_join(group, stem))
+    return out
+
+
+def _trunk(one: Rendered) -> int:
+    """Ids up to the last picture before anything is learnt; 0 where a branch would begin with something learnt."""
+    learnt = np.flatnonzero(one.weights)
+    first = int(learnt[0]) if len(learnt) else len(one.ids)
+    pictures = np.flatnonzero(one.modality[:first] != TEXT)
+    stem = int(pictures[-1]) + 1 if len(pictures) else 0
+    return stem if stem < first else 0  # the trunk's last id can predict the first id of one branch only
+
+
+def _join(group: Sequence[Rendered], stem: int) -> Rendered | Branched:
+    if len(group) == 1:
+        return group[0]
+    tails = [len(one.ids) - stem for one in group]
+    columns = [
+        np.concatenate([getattr(group[0], name)[:stem], *(getattr(one, name)[stem:] for one in group)])
+        for name in Rendered._fields
+    ]
+    branch = np.concatenate([np.zeros(stem, np.int16), np.repeat(np.arange(1, len(group) + 1, dtype=np.int16), tails)])
+    positions = np.concatenate([np.arange(stem), *(np.arange(stem, stem + tail) for tail in tails)])
+    return Branched(*columns, branch, positions.astype(np.int32))
 
 
 class Store:
-    """Rendered documents in flat arrays, 9 bytes an id; `batch` makes a PackedBatch of rows of document numbers."""
+    """Rendered documents in flat arrays, 15 bytes an id; `batch` makes a PackedBatch of rows of document numbers."""
 
-    def __init__(self, documents: Iterable[Rendered]):
+    def __init__(self, documents: Iterable[Rendered | Branched]):
         documents = list(documents)
         self.lengths = np.array([len(d.ids) for d in documents], np.int64)  # [D]
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]  # [D]
         none = Rendered(np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int8))  # what padding reads
-        self.ids, weights, self.modality = (np.concatenate(column) for column in zip(*documents, none, strict=True))
+        self.ids, weights, self.modality = (
+            np.concatenate([getattr(d, name) for d in (*documents, none)]) for name in Rendered._fields
+        )
+        self.branch, self.positions = np.zeros(len(self.ids), np.int16), np.zeros(len(self.ids), np.int32)  # [S + 1]
+        for start, d in zip(self.starts, documents, strict=True):
+            stop = start + len(d.ids)
+            self.positions[start:stop] = d.positions if isinstance(d, Branched) else np.arange(len(d.ids))
+            if isinstance(d, Branched):
+                self.branch[start:stop] = d.branch
         self.ids = self.ids.astype(np.int32)  # [S + 1]
         self.weights = np.append(weights[1:], np.float32(0))  # [S + 1], of what each position predicts
         self.weights[self.starts + self.lengths - 1] = 0  # the last id of a document predicts nothing
@@ -81,14 +154,15 @@ class Store:
             ends = np.cumsum(lengths)
             within = np.arange(used) - np.repeat(ends - lengths, lengths)
             document[b, :used] = np.repeat(np.arange(len(row)), lengths)
-            positions[b, :used], positions[b, used:] = within, np.arange(length - used)
             at[b, :used] = np.repeat(self.starts[row], lengths) + within
+            positions[b, :used], positions[b, used:] = self.positions[at[b, :used]], np.arange(length - used)
         weights = self.weights[at]
         predicted = np.minimum(at + 1, len(self.ids) - 1)
         labels = np.where(weights > 0, self.ids[predicted], IGNORE).astype(np.int64)
         label_modality = np.where(weights > 0, self.modality[predicted], TEXT).astype(np.int64)
         ids = np.where(document >= 0, self.ids[at], pad_id).astype(np.int64)
-        columns = (ids, positions, document, self.modality[at].astype(np.int64), labels, weights, label_modality)
+        branch, modality = (column[at].astype(np.int64) for column in (self.branch, self.modality))
+        columns = (ids, positions, document, modality, labels, weights, label_modality, branch)
         return PackedBatch(*map(torch.from_numpy, columns))
 
 

@@ -232,9 +232,10 @@ class _Reader:
         if item.get("type") in ("image", "image_url"):
             image = next((item[key] for key in ("image", "path", "url", "image_url") if key in item), None)
             if image is None:
+                listed = pending is not None
                 if not pending:
-                    left = "an image without a file" if pending is None else "a place for an image, but no image is left"
-                    raise ValueError(f"{at}: {left}")
+                    why = "a place for an image, but no image is left" if listed else "an image without a file"
+                    raise ValueError(f"{at}: {why}")
                 image = pending.pop(0)
             return [self._image(image, loss=loss, role=role)]
         raise ValueError(f"{at}: unknown type {item.get('type')!r}; text or image")

@@ -62,7 +62,8 @@ class Condition:
         return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Condition:
-        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("codes", "vectors") if getattr(self, n) is not None}
+        there = [n for n in ("codes", "vectors") if getattr(self, n) is not None]
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in there}
         return replace(self, **moved)
 
 

@@ -213,6 +213,12 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
+def lm_without_values(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal LM of a folder on the meta device: its modules and shapes, nothing of its weights is read."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(open_config(folder), dtype=dtype)
+
+
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
     """ValueError unless the model predicts over its own rows and no position sees a later one."""

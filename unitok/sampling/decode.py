@@ -10,6 +10,7 @@ B requests, R rows of the forward (a request's own, and its guidance branches), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from unitok.sampling.grammar import TEXT, Cursor, Grammar
 from unitok.sampling.guidance import BRANCHES, branch_weights, mix
 from unitok.sampling.rows import Rows
 from unitok.vocab import JointVocab
+
+Ids = Sequence[int] | np.ndarray
 
 DROP_AT = 8  # rows that are done are dropped once they are one in eight: dropping copies the cache of the others
 
@@ -35,8 +38,8 @@ def generate_ids(
     max_new_tokens: int | Sequence[int],
     max_images: int | Sequence[int] = 0,
     force_image: str | None | Sequence[str | None] = None,
-    null_prompts: Sequence[Sequence[int]] | None = None,
-    image_null_prompts: Sequence[Sequence[int]] | None = None,
+    null_prompts: Sequence[Ids] | None = None,
+    image_null_prompts: Sequence[Ids] | None = None,
     guidance: float | tuple[float, float] | Sequence[float | tuple[float, float]] = 1.0,
     temperature: float | tuple[float, float] = 1.0,
     top_k: int | tuple[int, int] = 0,

@@ -82,10 +82,10 @@ def _room(held: torch.Tensor | None, old: int, new: torch.Tensor) -> torch.Tenso
 class Rows:
     """R rows fed together, starting with none."""
 
-    def __init__(self, lm: nn.Module, kinds: Sequence[np.ndarray]):
+    def __init__(self, lm: Any, kinds: Sequence[np.ndarray]):
         """`kinds`: the ids of each kind of logits that will be asked for; kind 0 is text, and the largest."""
-        self.lm: Any = lm
-        self.model: Any = getattr(lm, "get_base_model", lambda: lm)()  # inside a PEFT wrapper
+        self.lm = lm
+        self.model = lm.get_base_model() if hasattr(lm, "get_base_model") else lm  # inside a PEFT wrapper
         self.device = self.model.get_input_embeddings().weight.device
         self.cache = new_cache(self.model.config)
         self.columns = 0

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unitok.config import LanguageModelRecipe, ShardSource
-from unitok.data.packing import Source, Store, split_long
+from unitok.data.packing import Branched, Source, Store, share_prefixes, split_long
 from unitok.data.render import Rendered, Template, null_parts, render
 from unitok.data.schema import Document, Part
 from unitok.data.shards import read_shards
@@ -44,7 +44,7 @@ def read_mixture(
     the reason; a text that is too long becomes several documents. ValueError where shards and model do not fit, or a
     source has no usable document. show: draw a bar on a terminal where this takes long.
     """
-    rendered: list[Rendered] = []
+    rendered: list[Rendered | Branched] = []
     refused: list[tuple[str, str, str]] = []
     sources = []
     for mix in recipe.data:
@@ -52,6 +52,7 @@ def read_mixture(
             manifest.check(Manifest.load(mix.shards), what=("model", "shards"))
         documents = read_shards(mix.shards)
         variants: list[list[int]] = []
+        first = len(rendered)
         bar = tqdm(documents, Path(mix.shards).name, unit="document", delay=2, disable=None if show else True)
         for document in bar:
             try:
@@ -61,6 +62,9 @@ def read_mixture(
                 refused.append((mix.shards, document.id, str(error)))
                 continue
             variants += _number(pieces, rendered)
+        if mix.share_prefix:
+            rendered[first:] = share_prefixes(rendered[first:], recipe.length)
+            variants = [[n] * 4 for n in range(first, len(rendered))]
         if not variants:
             reason = f"; {refused[-1][1]}: {refused[-1][2]}" if refused else ""
             raise ValueError(f"{mix.shards}: no document can be used{reason}")

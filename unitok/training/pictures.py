@@ -71,20 +71,32 @@ class Pictures:
         refused: how many pictures could not be used; each is a line of the quarantine file.
     """
 
-    def __init__(self, sources: Sequence[DataSource], fit: Callable[[Any], Tensor], image_size: int, *, seed: int,
-                 eval_images: int = 0, workers: int = 0, quarantine: Path | None = None, in_memory: int = IN_MEMORY):
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        fit: Callable[[Any], Tensor],
+        image_size: int,
+        *,
+        seed: int,
+        eval_images: int = 0,
+        workers: int = 0,
+        quarantine: Path | None = None,
+        in_memory: int = IN_MEMORY,
+    ):
         self.fit, self.workers, self.quarantine = fit, workers, quarantine
         self._bad: dict[str, str] = {}
         digest = hashlib.sha256()
         listed = [self._list(source, digest) for source in sources]
         items = [item for source in listed for item in source]
         if not items:
-            raise ValueError(f"no usable picture in {', '.join(s.path for s in sources)}"
-                             + (f"; {self.refused} refused, see {quarantine}" if self._bad else ""))
+            raise ValueError(
+                f"no usable picture in {', '.join(s.path for s in sources)}"
+                + (f"; {self.refused} refused, see {quarantine}" if self._bad else "")
+            )
         self.fingerprint = digest.hexdigest()
         # which pictures are held out depends on the listing alone, before any of them is read
         chosen = np.random.default_rng([seed, 1, 0]).permutation(len(items))
-        held = set(chosen[:min(eval_images, len(items) // HELD_OUT_SHARE)].tolist())
+        held = set(chosen[: min(eval_images, len(items) // HELD_OUT_SHARE)].tolist())
         kept, start = [], 0
         for source in listed:
             kept.append([item for i, item in enumerate(source, start) if i not in held])
@@ -108,16 +120,22 @@ class Pictures:
     def refused(self) -> int:
         return len(self._bad)
 
-    def batches(self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1
-                ) -> Iterator[Tensor]:
+    def batches(
+        self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Tensor]:
         """uint8 [batch_size / world, 3, S, S] for each step of first_step ... last_step - 1."""
         share = batch_size // world
         wanted = (self.order.take(s * batch_size + rank * share, share) for s in range(first_step, last_step))
         if self.cache is not None:
             yield from (self.cache[torch.from_numpy(index)] for index in wanted)
             return
-        stream = DataLoader(_Stream(self.items, self.fit), batch_size=None, sampler=list(wanted),
-                            num_workers=self.workers, prefetch_factor=4 if self.workers else None)
+        stream = DataLoader(
+            _Stream(self.items, self.fit),
+            batch_size=None,
+            sampler=list(wanted),
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )
         for images, bad in stream:
             if bad:
                 self._bad.update(bad)

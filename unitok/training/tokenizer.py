@@ -67,9 +67,14 @@ class TokenizerRun:
         if recipe.batch_size % world:
             raise ValueError(f"batch_size {recipe.batch_size} is not divisible by the {world} processes")
         self.pictures = Pictures(
-            recipe.data, self.tokenizer.preprocess, self.tokenizer.image_size, seed=recipe.seed,
-            eval_images=recipe.eval_images, workers=recipe.workers,
-            quarantine=self.folder / "quarantine.jsonl" if self.accelerator.is_main_process else None)
+            recipe.data,
+            self.tokenizer.preprocess,
+            self.tokenizer.image_size,
+            seed=recipe.seed,
+            eval_images=recipe.eval_images,
+            workers=recipe.workers,
+            quarantine=self.folder / "quarantine.jsonl" if self.accelerator.is_main_process else None,
+        )
         self.critic = self.tokenizer.critic()
         self.tokenizer.to(self.accelerator.device, memory_format=torch.channels_last)
         adversary = set(map(id, self.critic.parameters())) if self.critic else set()
@@ -101,14 +106,18 @@ class TokenizerRun:
         r, main = self.recipe, self.accelerator.is_main_process
         if main and self.step < r.steps:
             where = f"from step {self.step}" if self.step else "from the start"
-            print(f"training {r.tokenizer.name} {where}: {self.pictures.count} pictures, "
-                  f"{len(self.pictures.held_out)} held out, {self.pictures.refused} refused", flush=True)
+            print(
+                f"training {r.tokenizer.name} {where}: {self.pictures.count} pictures, "
+                f"{len(self.pictures.held_out)} held out, {self.pictures.refused} refused",
+                flush=True,
+            )
         if main and self.step == 0:
             self.untrained = self.show()
         self.tokenizer.train()
         self.window_start = time.perf_counter()
-        batches = self.pictures.batches(self.step, r.steps, r.batch_size, self.accelerator.process_index,
-                                        self.accelerator.num_processes)
+        batches = self.pictures.batches(
+            self.step, r.steps, r.batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        )
         for images in batches:
             self.train_step(images)
             if self.step % r.log_every == 0 or self.step == r.steps:
@@ -141,8 +150,9 @@ class TokenizerRun:
         self.window_steps += 1
         self.seconds += time.perf_counter() - start
 
-    def _update(self, module: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Mapping[str, Any],
-                lr: float) -> dict[str, Tensor]:
+    def _update(
+        self, module: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Mapping[str, Any], lr: float
+    ) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -169,8 +179,10 @@ class TokenizerRun:
         each = (now - self.window_start) / self.window_steps
         left = int(each * (self.recipe.steps - self.step))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(means.items())[:5])
-        line = (f"step {self.step}/{self.recipe.steps}  {shown}  {each * 1000:.0f} ms a step  "
-                f"{left // 60}:{left % 60:02d} left")
+        line = (
+            f"step {self.step}/{self.recipe.steps}  {shown}  {each * 1000:.0f} ms a step  "
+            f"{left // 60}:{left % 60:02d} left"
+        )
         tty = sys.stdout.isatty() and self.step < self.recipe.steps
         print(f"\r{line:<100}" if tty else line, end="" if tty else "\n", flush=True)
         for name, value in means.items():
@@ -227,9 +239,11 @@ class TokenizerRun:
         if self.accelerator.is_main_process:
             state = {
                 "recipe": json.dumps(self._decides()),
-                "fingerprint": self.pictures.fingerprint, "count": self.pictures.count,
+                "fingerprint": self.pictures.fingerprint,
+                "count": self.pictures.count,
                 "step": self.step,  # also the position in the data and in the random draws
-                "seconds": self.seconds, "untrained": self.untrained,
+                "seconds": self.seconds,
+                "untrained": self.untrained,
                 "tokenizer": self.tokenizer.own_state(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict() if self.ema else None,
@@ -250,11 +264,15 @@ class TokenizerRun:
         then, now = json.loads(state["recipe"]), self._decides()
         for key in now:
             if then.get(key) != now[key]:
-                raise ValueError(f"{path} was made with {key} = {then.get(key)}, the recipe says {now[key]}; "
-                                 "restore the recipe, or choose another out")
+                raise ValueError(
+                    f"{path} was made with {key} = {then.get(key)}, the recipe says {now[key]}; "
+                    "restore the recipe, or choose another out"
+                )
         if (state["fingerprint"], state["count"]) != (self.pictures.fingerprint, self.pictures.count):
-            raise ValueError(f"{path} was made from other pictures ({state['count']} then, {self.pictures.count} now); "
-                             "restore the data, or choose another out")
+            raise ValueError(
+                f"{path} was made from other pictures ({state['count']} then, {self.pictures.count} now); "
+                "restore the data, or choose another out"
+            )
         self.tokenizer.load_own_state(state["tokenizer"], what=str(path))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -296,11 +314,23 @@ class TokenizerRun:
             mean_colour = psnr(flat.mean(dim=(2, 3), keepdim=True).expand_as(flat), flat).mean().item()
             margin = 1.96 * found.pop("psnr_error")
             value = found.pop("psnr")
-            scores = [{"name": "psnr", "value": value, "n": len(held), "interval": [value - margin, value + margin],
-                       "baselines": {"untrained": self.untrained["psnr"], "mean colour": mean_colour},
-                       "protocol": {"unit": "dB", "pictures": "held out of the training data",
-                                    "resize": self.tokenizer.resize, "image_size": self.tokenizer.image_size,
-                                    "steps": self.step, **found}}]
+            scores = [
+                {
+                    "name": "psnr",
+                    "value": value,
+                    "n": len(held),
+                    "interval": [value - margin, value + margin],
+                    "baselines": {"untrained": self.untrained["psnr"], "mean colour": mean_colour},
+                    "protocol": {
+                        "unit": "dB",
+                        "pictures": "held out of the training data",
+                        "resize": self.tokenizer.resize,
+                        "image_size": self.tokenizer.image_size,
+                        "steps": self.step,
+                        **found,
+                    },
+                }
+            ]
         return {"seconds": {"train": self.seconds}, "scores": scores, "refused": self.pictures.refused}
 
 
@@ -327,8 +357,9 @@ def build(recipe: TokenizerRecipe) -> ImageTokenizer:
             raise ValueError(f"tokenizer {recipe.tokenizer.name!r} has no argument {name!r} ({hint})")
     tokenizer = cls(**arguments)
     if recipe.stage not in tokenizer.stages:
-        raise ValueError(f"tokenizer {recipe.tokenizer.name!r} has no stage {recipe.stage!r}; "
-                         f"it has {', '.join(tokenizer.stages)}")
+        raise ValueError(
+            f"tokenizer {recipe.tokenizer.name!r} has no stage {recipe.stage!r}; it has {', '.join(tokenizer.stages)}"
+        )
     if recipe.init_from:
         tokenizer.load_own_state(load_tokenizer(recipe.init_from).own_state(), what=recipe.init_from)
     return tokenizer
@@ -360,15 +391,18 @@ def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> dict[st
     values, first = torch.cat(values), tokenizer.token_codebook() == 0
     counts = torch.bincount(torch.cat(codes)[:, first].flatten(), minlength=tokenizer.codebook_sizes[0]).float()
     share = counts / counts.sum()
-    return {"psnr": values.mean().item(),
-            "psnr_error": (values.std(unbiased=False) / math.sqrt(len(values))).item(),
-            "codes_used": (counts > 0).float().mean().item(),
-            "perplexity": torch.exp(-torch.xlogy(share, share).sum()).item()}
+    return {
+        "psnr": values.mean().item(),
+        "psnr_error": (values.std(unbiased=False) / math.sqrt(len(values))).item(),
+        "codes_used": (counts > 0).float().mean().item(),
+        "perplexity": torch.exp(-torch.xlogy(share, share).sum()).item(),
+    }
 
 
 @contextmanager
 def _signals(run: TokenizerRun) -> Iterator[None]:
     """SIGINT and SIGTERM stop the run after its current step, with a checkpoint; the second one at once."""
+
     def ask(number: int, frame: Any) -> None:
         if run.stop:
             raise KeyboardInterrupt
