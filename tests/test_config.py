@@ -105,7 +105,7 @@ def test_answers_stay_words(recipe):
         (LANGUAGE_MODEL, ["lora.rnak=3"], r"unknown key 'lora.rnak' \(did you mean 'rank'\?\)"),
         (LANGUAGE_MODEL, ["data.0.shard=3"], r"unknown key 'data.0.shard' \(did you mean 'shards'\?\)"),
         (EVALUATION, ["data={pth: x}"], r"unknown key 'data.0.pth' \(did you mean 'path'\?\) \(and 1 more\)"),
-        (LANGUAGE_MODEL, ["samples.zzz=3"], r"unknown key 'samples.zzz' \(known: prompts, questions\)"),
+        (LANGUAGE_MODEL, ["samples.zzz=3"], r"unknown key 'samples.zzz' \(known: prompts, questions, "),
         (LANGUAGE_MODEL.replace("steps: 10\n", ""), [], "missing key 'steps'"),
         (TOKENIZER, ["tokenizer={width: 3}"], "missing key 'tokenizer.name'"),
         (TOKENIZER, ["steps=many"], "steps: input should be a valid integer.*, got 'many'"),

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from unitok.config import EvaluationRecipe
+    from unitok.model import UnifiedModel
     from unitok.tokenizers.base import ImageTokenizer
 
 RECIPES = ("tokenizers", "training", "eval")  # folders that `list` looks into
@@ -119,8 +120,19 @@ def _quiet() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
-    for name in ("accelerate", "datasets", "diffusers", "peft", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "accelerate", "datasets", "diffusers", "peft", "torch"):
+        logging.getLogger(name).addFilter(_is_error)  # they set their own levels when they are imported
+
+
+def _is_error(record: Any) -> bool:
+    return record.levelno >= 40  # logging.ERROR
+
+
+def _no_bars() -> None:
+    """No progress bar for every file of weights that transformers reads or writes; downloads keep theirs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 # ---- look around -----------------------------------------------------------------------------------------------------
@@ -138,6 +150,7 @@ def demo(
     """
     from unitok.demo import run
 
+    _no_bars()
     print(run(out=out, tokenizer=tokenizer, from_scratch=from_scratch))
 
 
@@ -178,6 +191,7 @@ def inspect(
     """
     from unitok.inspection import inspect as look
 
+    _no_bars()
     look(target, n=n, out=out)
 
 
@@ -239,6 +253,7 @@ def expand(
     from unitok.manifest import Manifest
     from unitok.vocab import JointVocab
 
+    _no_bars()
     vocab = JointVocab.from_dict(Manifest.load(expand_folder(llm, tokenizer, out, name)).vocab)
     print(f"{out}: {vocab.rows} rows, of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}")
 
@@ -255,6 +270,7 @@ def export(
     """
     from unitok.lm.export import export as run
 
+    _no_bars()
     print(run(model, out, token_strings=token_strings))
 
 
@@ -353,10 +369,9 @@ def sample(
     """Draw pictures of prompts; prints the names of the files."""
     from unitok.data.schema import image_part, text_part
     from unitok.data.sources import read_image
-    from unitok.model import load
 
     given = [image_part(read_image(file), loss=False) for file in image or ()]
-    drawn = load(model, _device()).images(
+    drawn = _open(model).images(
         [[*given, text_part(prompt)] for prompt in prompts], n=n, guidance=guidance, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
@@ -383,12 +398,11 @@ def ask(
     from unitok.data.sources import read_image
     from unitok.eval.rows import load_rows, with_picture
     from unitok.eval.vqa import consensus
-    from unitok.model import load
 
     shown = read_image(image)
     rows = load_rows([DataSource(path=str(shots))], "question") if shots else []
     examples = [{**with_picture(row), "answers": [consensus(row["answers"])]} for row in rows]
-    print(load(model, _device()).answer(shown, question, examples))
+    print(_open(model).answer(shown, question, examples))
 
 
 @app.command()
@@ -423,14 +437,13 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
 
     from unitok import eval as tasks
     from unitok.eval.results import table, write_results
-    from unitok.model import load
 
     task, begun = tasks.get(recipe.task), time.perf_counter()
     if recipe.model is None and recipe.task in tasks.names():
         raise ValueError(f"task {recipe.task} needs a model: give the recipe model, or model=MODEL behind it")
     model = None
     if recipe.model is not None:
-        model = _tokenizer_or_model(recipe.model) if recipe.task == "images" else load(recipe.model, _device())
+        model = _tokenizer_or_model(recipe.model) if recipe.task == "images" else _open(recipe.model)
     loaded = time.perf_counter()
     scores = task.run(model, recipe)
     seconds = {"load": loaded - begun, "evaluate": time.perf_counter() - loaded}
@@ -443,12 +456,18 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
 def _tokenizer_or_model(name: str) -> Any:
     from unitok.checkpoint import open_folder
     from unitok.manifest import FILE, Manifest
-    from unitok.model import load
     from unitok.tokenizers.base import load_tokenizer
 
     manifest = open_folder(name) / FILE
     alone = manifest.is_file() and Manifest.load(manifest).vocab is None
-    return load_tokenizer(name, _device()) if alone else load(name, _device())
+    return load_tokenizer(name, _device()) if alone else _open(name)
+
+
+def _open(model: str) -> UnifiedModel:
+    from unitok.model import load
+
+    _no_bars()
+    return load(model, _device())
 
 
 def _device() -> str:

@@ -182,7 +182,7 @@ def _lm_recipe(look: _Look, recipe: LanguageModelRecipe) -> None:
     chosen = max(1, round(carry / len(rows) * recipe.batch_size))
     _say_memory(look, lm_memory(recipe, folder, vocab, chosen))
 
-    one_by_one = [(number, _stored(store, number)) for number in drawn[: look.n]]
+    one_by_one = [(number, _stored(store, number)) for number in _turn_about(drawn, owner)[: look.n]]
     for number, one in one_by_one:
         look.document(f"document {number} of {recipe.data[owner[number]].shards}", one, vocab, words)
     if look.pictures and vocab:
@@ -190,6 +190,16 @@ def _lm_recipe(look: _Look, recipe: LanguageModelRecipe) -> None:
         for number, one in one_by_one:
             blocks = [piece[1:] for piece in vocab.split(one.ids) if piece[0] == "image"]
             _decoded(look, f"document {number}", blocks, tokenizers)
+
+
+def _turn_about(drawn: Sequence[int], owner: np.ndarray) -> list[int]:
+    """The documents in the order in which they are drawn, but the first of every source first, then the second."""
+    seen, places = Counter(), {}
+    for number in drawn:
+        if number not in places:
+            places[number] = seen[owner[number]]
+            seen[owner[number]] += 1
+    return sorted(places, key=places.__getitem__)
 
 
 def _count(store: Any, numbers: np.ndarray) -> dict[str, int]:
@@ -353,7 +363,7 @@ def _model(look: _Look, folder: Path) -> None:
     examples = [
         ("caption to picture", [caption, image_part(card)]),
         ("picture to caption", [image_part(card), caption]),
-        ("question", asked({"image": card, "question": question}, [shot])),
+        ("question", [*asked({"image": card, "question": question}, [shot]), text_part("a test card", role="answer")]),
     ]
     _show(look, model, examples[: look.n])
 
@@ -435,14 +445,14 @@ def _say_memory(look: _Look, found: dict[str, int]) -> None:
     sizes = {key.removesuffix("_bytes"): value for key, value in found.items() if key.endswith("_bytes")}
     total = sum(sizes.values())
     look.facts["memory"] = {**found, "total_bytes": total}
-    parts = ", ".join(f"{_megabytes(value)} {name}s" for name, value in sizes.items())
-    unknown = "" if "activation" in sizes else "; activations are not known for this one"
+    parts = ", ".join(f"{_megabytes(value)} {name}" for name, value in sizes.items())
+    unknown = "" if "activations" in sizes else "; activations are not known for this one"
     what = f"training {_millions(found['trained'])} of {_millions(found['parameters'])} parameters"
     look.say(f"{what} takes about {_megabytes(total)} in one process: {parts}{unknown}")
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _millions(count: int) -> str:

@@ -72,11 +72,11 @@ def _memory(modules: Sequence[nn.Module], activations: int | None, bytes_each: i
     found = {
         "parameters": sum(p.numel() for p in parameters),
         "trained": trained,
-        "weight_bytes": sum(p.numel() * (bytes_each or p.element_size()) for p in parameters),
-        "gradient_bytes": 4 * trained,
+        "weights_bytes": sum(p.numel() * (bytes_each or p.element_size()) for p in parameters),
+        "gradients_bytes": 4 * trained,
         "optimizer_bytes": 8 * trained,  # Adam: two float32 moments
     }
-    return found if activations is None else {**found, "activation_bytes": activations}
+    return found if activations is None else {**found, "activations_bytes": activations}
 
 
 def _kept_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter]) -> int | None:
