@@ -36,7 +36,6 @@ class DataSource(Section):
     columns: dict[str, str] = {}  # our name -> the file's
     weight: float = Field(1.0, gt=0)
     limit: Count | None = None
-    images_only: bool = False
 
 
 class ShardSource(Section):

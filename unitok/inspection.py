@@ -166,12 +166,13 @@ def _lm_recipe(look: _Look, recipe: LanguageModelRecipe) -> None:
     for s, source in enumerate(mixture.sources):
         owner[source.variants] = s
     batch = recipe.batch_size * recipe.accumulate
-    share = np.bincount(owner[drawn], minlength=len(mixture.sources)) / len(rows) * batch * recipe.steps
+    total = len(drawn) / len(rows) * batch * recipe.steps  # documents
+    weights = sum(mix.weight for mix in recipe.data)
     look.facts["sources"] = {}
     look.say(f"\n{'documents':>10}{'text ids':>10}{'codes':>10}{'control':>10}{'with loss':>10}{'passes':>8}  shards")
     for s, (source, mix) in enumerate(zip(mixture.sources, recipe.data, strict=True)):
         counts = _count(store, source.variants[:, 0])
-        counts["passes"] = round(float(share[s] / len(source.variants)), 2)
+        counts["passes"] = round(total * mix.weight / weights / len(source.variants), 3)
         look.facts["sources"][mix.shards] = counts
         cells = "".join(f"{counts[key]:10}" for key in ("documents", "text", "image", "control", "with_loss"))
         look.say(f"{cells}{counts['passes']:8.2f}  {mix.shards}")
@@ -257,7 +258,10 @@ def _evaluation(look: _Look, recipe: EvaluationRecipe) -> None:
         look.strips["pictures"] = [read_image(parts[0].image) for _, parts in prompts]
         return
     model = _without_weights(open_folder(recipe.model))
-    _show(look, model, prompts, prompt=True)
+    for title, parts in _show(look, model, prompts, prompt=True):
+        blocks = [(part.tokenizer, part.codes, part.grid) for part in parts if part.codes is not None]
+        if look.pictures:
+            _decoded(look, title, blocks, model.image_tokenizers)
 
 
 def _prompts(recipe: EvaluationRecipe, n: int) -> tuple[list[tuple[str, list[Part]]], int]:
@@ -396,14 +400,16 @@ def _without_weights(folder: Path) -> UnifiedModel:
     return around(lm_without_values(base), folder, device="cpu")
 
 
-def _show(look: _Look, model: UnifiedModel, documents: Sequence[tuple[str, list[Part]]], prompt: bool = False) -> None:
+def _show(
+    look: _Look, model: UnifiedModel, documents: Sequence[tuple[str, list[Part]]], prompt: bool = False
+) -> list[tuple[str, list[Part]]]:
+    """Say each (title, parts) as ids; the same with codes in place of pictures."""
     model.encode_parts(coded := [list(parts) for _, parts in documents])
-    for (title, _), parts in zip(documents, coded, strict=True):
+    shown = [(title, parts) for (title, _), parts in zip(documents, coded, strict=True)]
+    for title, parts in shown:
         one = render(parts, model.vocab, model.text_tokenizer, model.template, prompt=prompt)
         look.document(title, one, model.vocab, model.text_tokenizer)
-        if look.pictures:
-            blocks = [(part.tokenizer, part.codes, part.grid) for part in parts if part.codes is not None]
-            _decoded(look, title, blocks, model.image_tokenizers)
+    return shown
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

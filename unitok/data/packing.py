@@ -99,13 +99,13 @@ def _join(group: Sequence[Rendered], stem: int) -> Rendered | Branched:
     if len(group) == 1:
         return group[0]
     tails = [len(one.ids) - stem for one in group]
-    columns = [
+    ids, weights, modality = (
         np.concatenate([getattr(group[0], name)[:stem], *(getattr(one, name)[stem:] for one in group)])
         for name in Rendered._fields
-    ]
+    )
     branch = np.concatenate([np.zeros(stem, np.int16), np.repeat(np.arange(1, len(group) + 1, dtype=np.int16), tails)])
     positions = np.concatenate([np.arange(stem), *(np.arange(stem, stem + tail) for tail in tails)])
-    return Branched(*columns, branch, positions.astype(np.int32))
+    return Branched(ids, weights, modality, branch, positions.astype(np.int32))
 
 
 class Store:

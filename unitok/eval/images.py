@@ -6,6 +6,7 @@ Shapes: images float [B, 3, H, W] in [0, 1]; h, w token grid.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def evaluate(
     """Scores over `rows` ({"id", "image"}); the reference is each picture as the tokenizer's preprocessing fits it.
 
     decode: codes, grid -> pictures, in place of the tokenizer's own. keep: called with each id and reconstruction.
+    Pictures that cannot be read are left out and counted on stderr; ValueError where none can.
     """
     decode = tokenizer.decode if decode is None else decode
     device = next(tokenizer.parameters(), torch.empty(0)).device
@@ -62,8 +64,14 @@ def evaluate(
     ssims: dict[str, dict[str, float]] = {arm: {} for arm in arms}
     grids: dict[tuple[int, ...], int] = {}
     shown: dict[str, Tensor] | None = None
-    for batch in batches(rows, batch_size, "reconstruct"):
-        images = torch.stack([tokenizer.preprocess(read_image(row["image"])) for row in batch])  # [B, 3, H, W]
+    bad: list[ValueError] = []
+    for asked in batches(rows, batch_size, "reconstruct"):
+        read = [(row, _read(tokenizer, row)) for row in asked]
+        bad += [fault for _, fault in read if isinstance(fault, ValueError)]
+        batch = [row for row, image in read if isinstance(image, Tensor)]
+        if not batch:
+            continue
+        images = torch.stack([image for _, image in read if isinstance(image, Tensor)])  # [B, 3, H, W]
         grid = tuple(tokenizer.grid(*images.shape[-2:]))
         grids[grid] = grids.get(grid, 0) + len(batch)
         made = decode(tokenizer.encode(images.to(device)), grid).float().cpu()
@@ -77,6 +85,11 @@ def evaluate(
         if shown is None:
             shown = {"original": images, "codes": made, "block mean": pictures["block_mean"]}
     tokenizer.train(was_training)
+    if bad and len(bad) == len(rows):
+        raise ValueError(f"none of {len(rows)} pictures can be read; the first: {bad[0]}")
+    if bad:
+        print(f"{len(bad)} of {len(rows)} pictures cannot be read; the first: {bad[0]}", file=sys.stderr)
+        rows = [row for row in rows if row["id"] in psnrs["codes"]]
     if sheet is not None and shown is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet({name: images[:12] for name, images in shown.items()}).save(sheet)
@@ -96,6 +109,14 @@ def evaluate(
         note = {**protocol, "unit": unit}
         out.append(summarise(name, values["codes"], baselines=beside, protocol=note, proportion=False, seed=seed))
     return out
+
+
+def _read(tokenizer, row: Mapping) -> Tensor | ValueError:
+    """float [3, H, W], or why there is none."""
+    try:
+        return tokenizer.preprocess(read_image(row["image"]))
+    except ValueError as error:
+        return error
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ which stays tied: text rows cannot move, and the file grows with the rank and th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unitok.checkpoint import open_folder, read_json
-from unitok.lm.expand import new_rows, open_lm
+from unitok.lm.expand import ends, new_rows, open_lm
 from unitok.manifest import FILE, Manifest
 from unitok.vocab import JointVocab
 
@@ -49,7 +50,7 @@ def add_adapter(
     """
     if rows not in ("new", "none"):
         raise ValueError(f"rows is '{rows}', expected 'new' or 'none'")
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed, head = ends(model)
     if vocab.rows != embed.weight.shape[0]:
         raise ValueError(
             f"the vocabulary has {vocab.rows} rows but the model has {embed.weight.shape[0]}: expand it first"
@@ -58,12 +59,12 @@ def add_adapter(
     ids = new_rows(vocab)
     trainable = None
     if rows == "new" and ids:
-        ends = [embed] if head.weight is embed.weight else [embed, head]
-        trainable = {names[end]: ids for end in ends}
+        trained_ends = [embed] if head.weight is embed.weight else [embed, head]
+        trainable = {names[end]: ids for end in trained_ends}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number divides by the rank
         lora_dropout=dropout,
         target_modules=targets,
         trainable_token_indices=trainable,
@@ -103,7 +104,7 @@ def save_adapter(
     if base is not None:
         peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path = str(base)
     # The rows are in the adapter: "auto" would add both whole matrices wherever the base on the hub is smaller.
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     manifest.save(folder)
     return folder
 
@@ -127,7 +128,7 @@ def load_adapter(
             Manifest.load(folder).check(Manifest.load(base_folder), what=("adapter", "model"))
         base = open_lm(base_folder, device=device, dtype=dtype)
     needed = max((max(ids) for ids in _token_indices(folder).values() if ids), default=-1)
-    rows = base.get_input_embeddings().weight.shape[0]
+    rows = ends(base)[0].weight.shape[0]
     if needed >= rows:
         raise ValueError(
             f"the adapter trains row {needed} but the model has {rows} rows: it was made for another model"
@@ -159,18 +160,21 @@ def _token_indices(folder: Path) -> dict[str, list[int]]:
 def _restore_head_bias(peft_model: PeftModel) -> None:
     """PEFT's row layer drops the bias of a linear layer it wraps; put it back into the forward pass."""
     for module in peft_model.modules():
-        if not isinstance(module, TrainableTokensLayer) or getattr(module.base_layer, "bias", None) is None:
+        if not isinstance(module, TrainableTokensLayer):
             continue
-        weight = module.base_layer.weight
+        layer: Any = module.base_layer
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if bias is None:
+            continue
         if weight.is_meta:  # no values: it is only counted
             continue
         with torch.no_grad():
             at_zero = module(weight.new_zeros(1, weight.shape[1]))
-        if not torch.equal(at_zero[0], module.base_layer.bias):
+        if not torch.equal(at_zero[0], bias):
             module.register_forward_hook(_add_bias)
 
 
-def _add_bias(module: TrainableTokensLayer, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def _add_bias(module: Any, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
     # Merged or switched off, the layer calls its base layer, which adds the bias itself.
     dropped = module.active_adapters and not module.disable_adapters and not module.merged
     return output + module.base_layer.bias if dropped else output

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def expand(
     ValueError: not a causal model, a name in use, a vocabulary or text tokenizer that does not fit the model's rows.
     """
     check_causal(model)
-    rows = model.get_input_embeddings().weight.shape[0]  # padding rows of the base included
+    rows = ends(model)[0].weight.shape[0]  # padding rows of the base included
     if vocab is None:
         vocab = JointVocab(text_rows=rows, images={})
     if vocab.rows != rows:
@@ -90,7 +91,7 @@ def expand(
     grown = vocab.add(name, sizes, grid, token_codebook=token_codebook, layout=layout)
     with torch.no_grad(), _one_thread() as threads:
         _resize(model, grown.rows)
-        embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embed, head = ends(model)
         for end, module in {"input": embed, "output": head}.items():
             if end == "output" and head.weight is embed.weight:
                 break
@@ -101,6 +102,11 @@ def expand(
         if getattr(head, "bias", None) is not None:
             head.bias[rows:] = head.bias[:text_rows].float().mean()
     return grown
+
+
+def ends(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Input embedding and output head; transformers types them as any module."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def new_rows(vocab: JointVocab, name: str | None = None) -> list[int]:
@@ -186,9 +192,10 @@ def open_lm(
     """The causal LM in a folder, in eval mode and, unless told otherwise, the checkpoint's own dtype."""
     folder = open_folder(folder)
     config = open_config(folder, trust_remote_code=trust_remote_code)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
     )
+    model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:  # transformers would go on with random weights
         raise ValueError(
@@ -222,7 +229,7 @@ def lm_without_values(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
     """ValueError unless the model predicts over its own rows and no position sees a later one."""
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed, head = ends(model)
     if getattr(model.config, "is_encoder_decoder", False) or embed is None or head is None:
         raise ValueError(_not_causal(model.config))
     rows = embed.weight.shape[0]
@@ -320,7 +327,7 @@ def _check_vectors(init: str, vectors: Sequence[Tensor] | None, sizes: tuple[int
 
 def _resize(model: PreTrainedModel, rows: int) -> None:
     """Make room for `rows` rows at both ends; the values of the new ones are undefined."""
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed, head = ends(model)
     stock = all(
         getattr(type(model), method) is getattr(PreTrainedModel, method)
         for method in ("resize_token_embeddings", "_resize_token_embeddings")
@@ -353,7 +360,7 @@ def _one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _grown(old: nn.Parameter, rows: int) -> nn.Parameter:
+def _grown(old: Tensor, rows: int) -> nn.Parameter:
     grown = old.new_empty(rows, *old.shape[1:])
     grown[: old.shape[0]] = old
     return nn.Parameter(grown, requires_grad=old.requires_grad)

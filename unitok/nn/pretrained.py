@@ -139,6 +139,8 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
                 "the folder needs another version of unitok"
             )
         model = cls(**{**config, **arguments})
+        # what the folder says, without arguments that have come since: else its own hash would no longer fit it
+        model._hub_mixin_config = {**config, **arguments}
         model.load_assets(folder / ASSETS)
         model.load_own_state(state, what=str(folder / WEIGHTS))
         return model.to(map_location).eval()

@@ -77,6 +77,7 @@ def train(
         if checkpoint is None or checkpoint[0] < recipe.steps:
             run.train(checkpoint, sampler)
             checkpoint = run.last_checkpoint()
+        assert checkpoint is not None
         if processes.main:
             run.finish(checkpoint[1])
         log(f"{'adapter' if recipe.method == 'lora' else 'model'} of step {checkpoint[0]} in {run.out}")
@@ -151,10 +152,9 @@ class _Run:
         recipe = self.recipe
         half = self.processes.half(recipe.dtype)
         frozen = recipe.method == "lora"
-        model = open_lm(self.folder, dtype=torch.bfloat16 if half and frozen else torch.float32)
+        model: Any = open_lm(self.folder, dtype=torch.bfloat16 if half and frozen else torch.float32)
         if recipe.gradient_checkpointing:
-            newer = getattr(model, "activation_checkpointing_enable", None)
-            (newer or model.gradient_checkpointing_enable)()
+            checkpoint_activations(model)
         if not frozen:
             return model.train()
         if recipe.gradient_checkpointing:
@@ -193,6 +193,12 @@ class _Run:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep the inputs of the blocks only and compute the rest again, by whichever name transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+
+
 class Step(NamedTuple):
     """One batch of one process, and the loss weight of the whole step it is part of."""
 
@@ -228,7 +234,7 @@ class _Batches:
 class ChosenPositions:
     """Lets only chosen positions through the output layer of a model: logits become [1, K, V] while they are set."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.chosen: Tensor | None = None
         base.get_output_embeddings().register_forward_pre_hook(self._select)
@@ -288,12 +294,12 @@ class _Trainer(Trainer):
         )
         self.recipe, self.processes, self.batches = recipe, processes, batches
         self.chosen = ChosenPositions(model)
-        self.monitor: _Monitor | None = None
+        self.monitor: Any = None  # a _Monitor, from when training begins
         super().__init__(model=model, args=args)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.sums = torch.zeros(3, 2, device=args.device)  # loss and count by modality, since the last log
 
-    def get_train_dataloader(self) -> _Batches:
+    def get_train_dataloader(self) -> _Batches:  # type: ignore[override]
         return self.batches
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device=None):
@@ -312,13 +318,14 @@ class _Trainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, betas=self.recipe.betas, fused=True)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
         if self.lr_scheduler is None:
             factor = lr_factor(self.recipe.schedule, self.recipe.steps, self.recipe.warmup)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
-    def training_step(self, model, inputs: Step, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model, inputs: Step, num_items_in_batch=None) -> Tensor:  # type: ignore[override]
         if not model.training:
             model.train()
         loss = self.compute_loss(model, inputs.to(self.args.device))
@@ -328,7 +335,7 @@ class _Trainer(Trainer):
             self._check_finite(loss.item())
         return loss
 
-    def compute_loss(self, model, inputs: Step, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: Any, return_outputs: bool = False, num_items_in_batch=None):  # inputs: a Step
         with self.chosen(inputs.chosen):
             outputs = model(**inputs.batch.inputs())
         loss, losses, modality = step_loss(outputs.logits[0], inputs)
@@ -369,8 +376,10 @@ class _Trainer(Trainer):
         # PEFT's "auto" would ask the hub about the base, and add whole embedding matrices
         rows = {"save_embedding_layers": False} if self.recipe.method == "lora" else {}
         sharded = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        self.model.save_pretrained(output_dir, state_dict=state_dict if sharded else None, **rows)
-        write_json(Path(output_dir) / STREAM, self.batches.stream.state())
+        model: Any = self.model
+        folder = output_dir or str(self.args.output_dir)
+        model.save_pretrained(folder, state_dict=state_dict if sharded else None, **rows)
+        write_json(Path(folder) / STREAM, self.batches.stream.state())
 
 
 MODALITIES = {"text": TEXT, "image": IMAGE}  # control ids are nearly free to predict and would flatter either
@@ -400,7 +409,10 @@ class _Monitor(TrainerCallback):
         self.recipe, self.processes, self.trainer, self.sampler, self.say = recipe, processes, trainer, sampler, log
         self.out, self.start, self.interrupted, self.late = out, start, False, False
         self.began = self.spoke = time.monotonic()
-        self.writer = self.file = self.bar = self.previous = None
+        self.writer: Any = None
+        self.file: Any = None
+        self.bar: Any = None
+        self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Monitor:
         if self.processes.main:
@@ -416,7 +428,7 @@ class _Monitor(TrainerCallback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in (self.previous or {}).items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
         for thing in (self.bar, self.file, self.writer):
             if thing is not None:
@@ -454,7 +466,7 @@ class _Monitor(TrainerCallback):
         return control
 
     def _sample(self, step: int) -> None:
-        model = self.trainer.model
+        model: Any = self.trainer.model
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             self.sampler(model, step, self.writer)

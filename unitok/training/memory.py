@@ -7,7 +7,8 @@ Shapes: B rows a batch, T ids a row, K positions that carry loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from unitok.config import LanguageModelRecipe, TokenizerRecipe
 from unitok.lm.adapters import add_adapter
 from unitok.lm.expand import lm_without_values
 from unitok.tokenizers.base import ImageTokenizer
-from unitok.training.language_model import ChosenPositions
+from unitok.training.language_model import ChosenPositions, checkpoint_activations
 from unitok.training.launch import Processes
 from unitok.vocab import JointVocab
 
@@ -30,25 +31,23 @@ def lm_memory(recipe: LanguageModelRecipe, folder: Path, vocab: JointVocab | Non
     half, frozen = Processes.half(recipe.dtype), recipe.method == "lora"
     lm = lm_without_values(folder, torch.bfloat16 if half else torch.float32)
     if recipe.gradient_checkpointing:
-        lm.gradient_checkpointing_enable()
+        checkpoint_activations(lm)
         lm.enable_input_require_grads()
     if frozen:
         vocab = vocab or JointVocab(text_rows=lm.get_input_embeddings().weight.shape[0])
         with torch.device("meta"):
             lm = add_adapter(lm, vocab, **recipe.lora.model_dump())
-    only, shape = ChosenPositions(lm), (recipe.batch_size, recipe.length)
-    with torch.device("meta"):
-        ids, positions = torch.zeros(2, *shape, dtype=torch.int64)  # [B, T] each
-        apart = torch.zeros(shape[0], 1, shape[1], shape[1], dtype=torch.bool)  # as documents of a row are kept apart
-        labels = torch.zeros(chosen, dtype=torch.int64)
+    only = ChosenPositions(lm)
 
     def forward() -> torch.Tensor:
+        ids, positions = torch.zeros(2, recipe.batch_size, recipe.length, dtype=torch.int64)  # [B, T] each
+        labels = torch.zeros(chosen, dtype=torch.int64)
         with only(labels):
-            out = lm.train()(input_ids=ids, position_ids=positions, attention_mask=apart, use_cache=False)
+            out = lm.train()(input_ids=ids, position_ids=positions, use_cache=False)
         return nn.functional.cross_entropy(out.logits[0].float(), labels)
 
     bytes_each = 4 if half and not frozen else None  # full training keeps float32 weights beside half activations
-    return _memory([lm], _kept_bytes(forward, lm.parameters()), bytes_each)
+    return _memory([lm], _kept_bytes(forward, lm), bytes_each)
 
 
 def tokenizer_memory(recipe: TokenizerRecipe, tokenizer: ImageTokenizer, images: torch.Tensor) -> dict[str, int]:
@@ -61,7 +60,7 @@ def tokenizer_memory(recipe: TokenizerRecipe, tokenizer: ImageTokenizer, images:
         loss, _ = tokenizer.train().loss(batch, 0, recipe.stage)
         return loss if critic is None else loss + critic.train().loss(batch, 0)[0]
 
-    kept = _kept_bytes(forward, (p for module in modules for p in module.parameters()))
+    kept = _kept_bytes(forward, *modules)
     scaled = None if kept is None else kept * recipe.batch_size // len(images)
     return _memory(modules, scaled)
 
@@ -79,9 +78,9 @@ def _memory(modules: Sequence[nn.Module], activations: int | None, bytes_each: i
     return found if activations is None else {**found, "activations_bytes": activations}
 
 
-def _kept_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter]) -> int | None:
+def _kept_bytes(forward: Callable[[], torch.Tensor], *modules: nn.Module) -> int | None:
     """Bytes that autograd keeps of a forward pass, each storage once, parameters aside. None where it cannot be had."""
-    own, kept = {p.untyped_storage()._cdata for p in parameters}, {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -89,8 +88,29 @@ def _kept_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[nn.Par
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with _values_made_up(modules), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward()
+            own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     except Exception:  # a model may do what cannot be done without values, a stage may need texts
         return None
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+@contextmanager
+def _values_made_up(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules of the meta device run as if on the CPU, by torch's fake tensors: the kernels of meta keep other things."""
+    if not any(p.is_meta for module in modules for p in module.parameters()):
+        yield
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode  # not public
+
+    made: dict[int, torch.Tensor] = {}  # tied stays tied
+    with FakeTensorMode():
+        for table in (t for m in modules for part in m.modules() for t in (part._parameters, part._buffers)):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in made:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    trained = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
+                table[name] = None if tensor is None else made[id(tensor)]
+        yield

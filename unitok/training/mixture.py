@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from unitok.config import LanguageModelRecipe, ShardSource
-from unitok.data.packing import Branched, Source, Store, share_prefixes, split_long
+from unitok.data.packing import Source, Store, share_prefixes, split_long
 from unitok.data.render import Rendered, Template, null_parts, render
 from unitok.data.schema import Document, Part
 from unitok.data.shards import read_shards
@@ -44,7 +44,7 @@ def read_mixture(
     the reason; a text that is too long becomes several documents. ValueError where shards and model do not fit, or a
     source has no usable document. show: draw a bar on a terminal where this takes long.
     """
-    rendered: list[Rendered | Branched] = []
+    rendered: list[Any] = []  # Rendered, or Branched
     refused: list[tuple[str, str, str]] = []
     sources = []
     for mix in recipe.data:
@@ -74,7 +74,7 @@ def read_mixture(
     return Mixture(store, sources, refused)
 
 
-def _forms(document: Document, mix: ShardSource, template: Template) -> list[tuple[int, Sequence[Part]]]:
+def _forms(document: Document, mix: ShardSource, template: Template) -> list[tuple[int, list[Part]]]:
     """The forms in which a document may be drawn, by 2 * flipped + dropped."""
     parts = list(document.parts)
     if mix.loss == "all":

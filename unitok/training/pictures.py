@@ -143,7 +143,7 @@ class Pictures:
             yield images
 
     def _list(self, source: DataSource, digest: Any) -> list[tuple[str, Any]]:
-        items = []
+        items: list[tuple[str, Any]] = []
         for where, picture in read_pictures(source.path, source.columns):
             if source.limit is not None and len(items) >= source.limit:
                 break

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from unitok.checkpoint import open_folder
 from unitok.config import LanguageModelRecipe
@@ -37,13 +36,13 @@ class Samples:
         """None where the recipe names neither prompts nor questions."""
         return cls(recipe) if recipe.samples.prompts or recipe.samples.questions else None
 
-    def __call__(self, lm: nn.Module, step: int, writer: Any) -> None:
+    def __call__(self, lm: Any, step: int, writer: Any) -> None:
         """lm: the model in training, in eval mode. All processes draw, since a model may be split over them."""
         if lm.get_input_embeddings().weight.numel() == 0:  # ZeRO stage 3 holds the rows elsewhere
             return
         if self.model is None:
             self.model = around(lm, open_folder(self.recipe.model), template=self.recipe.template)
-        for prompt, strip in self._draw().items():
+        for prompt, strip in self._draw(self.model).items():
             if writer is not None:
                 writer.add_image(f"drawn: {prompt}", strip, step)
         replies = self.model.answers(self.rows) if self.rows else []
@@ -52,11 +51,11 @@ class Samples:
             writer.add_text("answers", "\n".join(lines), step)
             writer.flush()
 
-    def _draw(self) -> dict[str, torch.Tensor]:
+    def _draw(self, model: UnifiedModel) -> dict[str, torch.Tensor]:
         """float [3, H, n W] of each prompt: its pictures side by side."""
         if not self.asked.prompts:
             return {}
-        drawn = self.model.images(
+        drawn = model.images(
             self.asked.prompts, n=PICTURES, guidance=self.asked.guidance, temperature=self.asked.temperature
         )
         strips = (drawn[i : i + PICTURES] for i in range(0, len(drawn), PICTURES))

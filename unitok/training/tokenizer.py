@@ -76,7 +76,8 @@ class TokenizerRun:
             quarantine=self.folder / "quarantine.jsonl" if self.accelerator.is_main_process else None,
         )
         self.critic = self.tokenizer.critic()
-        self.tokenizer.to(self.accelerator.device, memory_format=torch.channels_last)
+        self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self.tokenizer.to(self.accelerator.device)
         adversary = set(map(id, self.critic.parameters())) if self.critic else set()
         own = [p for p in self.tokenizer.parameters() if p.requires_grad and id(p) not in adversary]
         if not own:
@@ -92,7 +93,7 @@ class TokenizerRun:
         self.stop = False
         self.window: dict[str, Tensor] = {}
         self.window_steps, self.window_start = 0, time.perf_counter()
-        self._writer = None
+        self._writer: Any = None
 
     def _prepare(self, module: nn.Module, parameters: list[nn.Parameter]) -> tuple[nn.Module, Any]:
         r = self.recipe
@@ -337,12 +338,12 @@ class TokenizerRun:
 class _Loss(nn.Module):
     """`loss` as a forward pass, which is what data-parallel wrappers synchronise."""
 
-    def __init__(self, module: nn.Module, dtype: str, **fixed: Any):
+    def __init__(self, module: Any, dtype: str, **fixed: Any):
         super().__init__()
-        self.module, self.half, self.fixed = module, dtype == "bfloat16", fixed
+        self.module, self.autocast, self.fixed = module, dtype == "bfloat16", fixed
 
     def forward(self, batch: Mapping[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=self.autocast):
             return self.module.loss(batch, step, **self.fixed)
 
 
@@ -382,13 +383,13 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> dict[str, float]:
     """uint8 [n, 3, S, S] -> PSNR in dB (mean over pictures, and its standard error), the share of codes in use, and
     the perplexity of the codes (over the first codebook where there are several)."""
-    values, codes = [], []
+    psnrs, codes = [], []
     for chunk in images.split(batch_size):
         originals = chunk.to(tokenizer.device).float() / 255
         found = tokenizer.encode(originals)
-        values.append(psnr(tokenizer.decode(found), originals).cpu())
+        psnrs.append(psnr(tokenizer.decode(found), originals).cpu())
         codes.append(found.cpu())
-    values, first = torch.cat(values), tokenizer.token_codebook() == 0
+    values, first = torch.cat(psnrs), tokenizer.token_codebook() == 0
     counts = torch.bincount(torch.cat(codes)[:, first].flatten(), minlength=tokenizer.codebook_sizes[0]).float()
     share = counts / counts.sum()
     return {

@@ -1,0 +1,122 @@
+"""A model folder opened: what it draws and says depends on seed and prompt alone, and its parts must fit."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import unitok
+from unitok.checkpoint import read_json, write_json
+from unitok.data.scenes import random_scene, render_scene
+from unitok.data.schema import text_part
+from unitok.manifest import FILE
+
+
+@pytest.fixture(scope="module")
+def model(scene_model):
+    return unitok.load(scene_model)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(4)]
+    for path in paths:
+        Image.fromarray(render_scene(random_scene(rng))).save(path)
+    return paths
+
+
+def pixels(images):
+    return [np.asarray(image).tolist() for image in images]
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(model):
+    prompts = ["a red circle", "there is a small blue cross left of a large red square", "a red circle"]
+    many = pixels(model.images(prompts, n=2, seed=3, guidance=2.0))
+    alone = pixels(model.images(prompts[1:2], n=2, seed=3, guidance=2.0, batch_size=1))
+    assert many[2:4] == alone and many[0:2] == many[4:6]
+    assert alone[0] != alone[1]
+    assert pixels(model.images(prompts[1:2], seed=4, guidance=2.0)) != alone[:1]
+    assert pixels(model.images(prompts[:2], seed=[3, 3], guidance=2.0)) == [many[0], many[2]]
+
+
+def test_guidance_and_negative_text_change_the_picture(model):
+    plain = pixels(model.images(["a red circle"], seed=1))
+    assert pixels(model.images(["a red circle"], seed=1, guidance=1.0)) == plain
+    guided = pixels(model.images(["a red circle"], seed=1, guidance=500.0))
+    assert guided != plain
+    assert pixels(model.images(["a red circle"], seed=1, guidance=500.0, negative="a blue cross")) != guided
+
+
+def test_answers_do_not_depend_on_the_batch(model, pictures):
+    shots = [{"image": pictures[3], "question": "what shape is the red object?", "answers": ["cross"]}]
+    rows = [{"image": p, "question": q} for p in pictures[:3] for q in ("what colour is the cross?", "is it so?")]
+    given = [shots if i % 2 else [] for i in range(len(rows))]
+    together = model.answers(rows, shots=given, temperature=1.0, seeds=range(len(rows)))
+    for i, row in enumerate(rows):
+        assert model.answers([row], shots=[given[i]], temperature=1.0, seeds=[i]) == together[i : i + 1]
+    assert model.answer(pictures[0], "what colour is the cross?") == model.answers(rows[:1])[0]
+    assert model.answers([{"image": None, "question": "what colour is the cross?"}])  # the arm without a picture
+
+
+def test_the_prompt_of_a_question_is_the_prefix_of_its_training_document(model, pictures):
+    from unitok.data.render import render
+    from unitok.data.schema import parse_row
+    from unitok.model import asked
+
+    row = {"image": str(pictures[0]), "question": "what colour is the cross?", "answers": ["red"]}
+    turns = [{"role": "user", "content": [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["question"]}]},
+             {"role": "assistant", "content": "red"}]  # fmt: skip
+    prompt = [asked(row)]
+    model.encode_parts(prompt)
+    open_ids = render(prompt[0], model.vocab, model.text_tokenizer, model.template, prompt=True).ids
+    for training in (row, {"messages": turns}):
+        [document] = parse_row(training)
+        parts = [list(document.parts)]
+        model.encode_parts(parts)
+        closed = render(parts[0], model.vocab, model.text_tokenizer, model.template)
+        assert closed.ids[: len(open_ids)].tolist() == open_ids.tolist()
+        assert closed.weights[: len(open_ids)].sum() == 0 and closed.weights[len(open_ids)] == 1
+
+
+def test_captions_look_at_the_picture_in_the_file(model, pictures):
+    said = model.captions([str(p) for p in pictures[:2]])
+    assert said == model.captions([Image.open(p) for p in pictures[:2]])
+    with pytest.raises(ValueError, match="no such picture"):
+        model.captions(["no such picture"])
+
+
+def test_documents_go_on_with_text_and_pictures(model, pictures):
+    made = model.generate([text_part("a red circle"), pictures[0]], n=3, seed=5, max_images=1, max_new_tokens=80)
+    assert len(made) == 3
+    assert all(part.type in ("text", "image") for parts in made for part in parts)
+    assert all(sum(part.type == "image" for part in parts) <= 1 for parts in made)
+    again = model.generate([text_part("a red circle"), pictures[0]], n=1, seed=5, max_images=1, max_new_tokens=80)
+    assert [p.text for p in again[0]] == [p.text for p in made[0]]
+
+
+def test_parts_that_do_not_fit_are_refused(scene_model, tmp_path):
+    broken = shutil.copytree(scene_model, tmp_path / "model")
+    manifest = read_json(broken / FILE)
+    manifest["tokenizers"]["scenes"]["weight_hash"] = "0" * 64
+    write_json(broken / FILE, manifest)
+    with pytest.raises(ValueError, match=r"tokenizers\.scenes\.weight_hash"):
+        unitok.load(broken)
+    manifest = read_json(scene_model / FILE)
+    manifest["text_tokenizer"]["hash"] = "0" * 64
+    write_json(broken / FILE, manifest)
+    with pytest.raises(ValueError, match="text tokenizer is another"):
+        unitok.load(broken)
+    with pytest.raises(FileNotFoundError, match="no such builtin"):
+        unitok.load("builtin:nothing")
+
+
+def test_bad_calls_are_one_line(model, tmp_path):
+    with pytest.raises(ValueError, match="no image tokenizer 'other'"):
+        model.images(["a red circle"], tokenizer="other")
+    with pytest.raises(ValueError, match="3 seeds for 1 pictures"):
+        model.images(["a red circle"], seed=[1, 2, 3])
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match="torn.png"):
+        model.answer(tmp_path / "torn.png", "what colour is the cross?")
