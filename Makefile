@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR ?= cpu
+endif
 
 .PHONY: demo test check install weights clean
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import yaml
 
+from unitok import config
 from unitok.config import EvaluationRecipe, LanguageModelRecipe, TokenizerRecipe, load_recipe, make_recipe
 
 TOKENIZER = """\
@@ -136,3 +140,14 @@ def test_a_missing_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="cannot be read as text"):
         load_recipe(tmp_path)
+
+
+def test_every_key_of_every_recipe_is_read():
+    read = set(config.Lora.model_fields)  # handed on as keywords
+    for path in Path(config.__file__).parent.rglob("*.py"):
+        if path.name != "config.py":
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    for cls in vars(config).values():
+        if isinstance(cls, type) and issubclass(cls, config.Section):
+            for field in set(cls.model_fields) - {"kind"}:
+                assert field in read, f"{cls.__name__}.{field} is read nowhere"

@@ -66,8 +66,8 @@ def test_the_prompt_of_a_question_is_the_prefix_of_its_training_document(model, 
     from unitok.model import asked
 
     row = {"image": str(pictures[0]), "question": "what colour is the cross?", "answers": ["red"]}
-    turns = [{"role": "user", "content": [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["question"]}]},
-             {"role": "assistant", "content": "red"}]  # fmt: skip
+    content = [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["question"]}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     prompt = [asked(row)]
     model.encode_parts(prompt)
     open_ids = render(prompt[0], model.vocab, model.text_tokenizer, model.template, prompt=True).ids

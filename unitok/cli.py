@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RECIPES = ("tokenizers", "training", "eval")  # folders that `list` looks into
 PLAIN = (ValueError, OSError, ImportError, MemoryError)  # say themselves what is wrong
 LIBRARIES = {"huggingface_hub", "httpx", "pyarrow", "safetensors", "safetensors_rust", "torch", "yaml"}  # so do theirs
+LINE_EVERY_S = 15.0  # between lines of progress where there is no terminal to draw a bar on
 WIDE = 200  # columns of a table that goes into a file
 SLUG = 40  # characters of a prompt in a file name
 
@@ -40,7 +41,7 @@ Name = Annotated[str | None, Option("--name", help="What the model calls the tok
 class Verbs(TyperGroup):
     """The verbs. One that fails ends with one plain line on stderr, and its traceback before it with --debug."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.TyperException, typer.Exit, typer.Abort):  # wrong usage, and ends that are meant
@@ -219,10 +220,15 @@ def tokenize(
     from unitok.data.shards import summary_line
     from unitok.data.shards import tokenize as run
 
+    spoke = time.monotonic()
     with tqdm(unit=" rows", disable=None) as bar:
 
         def progress(counts: dict[str, Any]) -> None:
+            nonlocal spoke
             bar.update(counts["rows"] - bar.n)
+            if bar.disable and time.monotonic() - spoke > LINE_EVERY_S:
+                spoke = time.monotonic()
+                print(f"{counts['rows']} rows, {counts['images']} images", file=sys.stderr)
 
         summary = run(
             data, tokenizer, out, workers=workers, strict=strict, columns=_columns(column or ()), name=name,
@@ -254,7 +260,7 @@ def expand(
     from unitok.vocab import JointVocab
 
     _no_bars()
-    vocab = JointVocab.from_dict(Manifest.load(expand_folder(llm, tokenizer, out, name)).vocab)
+    vocab = JointVocab.from_dict(Manifest.load(expand_folder(llm, tokenizer, out, name)).vocab or {})
     print(f"{out}: {vocab.rows} rows, of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}")
 
 
@@ -417,13 +423,13 @@ def evaluate(
 
     Prints a table of scores beside their baselines and writes results.json into the recipe's `out`.
     """
-    if (recipe is None) == (compare is None):
-        raise typer.BadParameter("give a recipe, or --compare A B", param_hint="RECIPE.yaml")
-    if compare is not None:
+    if compare is not None and recipe is None:
         from unitok.eval.results import compare as run
 
         run(*compare, echo=_print_table)
         return
+    if compare is not None or recipe is None:
+        raise typer.BadParameter("give a recipe, or --compare A B", param_hint="RECIPE.yaml")
     from unitok.config import load_recipe
 
     plan = load_recipe(recipe, overrides or ())

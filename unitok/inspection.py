@@ -170,8 +170,8 @@ def _lm_recipe(look: _Look, recipe: LanguageModelRecipe) -> None:
     weights = sum(mix.weight for mix in recipe.data)
     look.facts["sources"] = {}
     look.say(f"\n{'documents':>10}{'text ids':>10}{'codes':>10}{'control':>10}{'with loss':>10}{'passes':>8}  shards")
-    for s, (source, mix) in enumerate(zip(mixture.sources, recipe.data, strict=True)):
-        counts = _count(store, source.variants[:, 0])
+    for source, mix in zip(mixture.sources, recipe.data, strict=True):
+        counts: dict[str, Any] = _count(store, source.variants[:, 0])
         counts["passes"] = round(total * mix.weight / weights / len(source.variants), 3)
         look.facts["sources"][mix.shards] = counts
         cells = "".join(f"{counts[key]:10}" for key in ("documents", "text", "image", "control", "with_loss"))
@@ -195,7 +195,8 @@ def _lm_recipe(look: _Look, recipe: LanguageModelRecipe) -> None:
 
 def _turn_about(drawn: Sequence[int], owner: np.ndarray) -> list[int]:
     """The documents in the order in which they are drawn, but the first of every source first, then the second."""
-    seen, places = Counter(), {}
+    seen: Counter[int] = Counter()
+    places: dict[int, int] = {}
     for number in drawn:
         if number not in places:
             places[number] = seen[owner[number]]
@@ -225,7 +226,8 @@ def _tokenizer_recipe(look: _Look, recipe: TokenizerRecipe) -> None:
     tokenizer = build(recipe)
     _say_tokenizer(look, recipe.tokenizer.name, tokenizer)
     pictures: list[torch.Tensor] = []
-    counts, bad = Counter(), []
+    counts: Counter[str] = Counter()
+    bad: list[str] = []
     for source in recipe.data:
         for where, picture in islice(read_pictures(source.path, source.columns), source.limit):
             counts[source.path] += 1
@@ -329,7 +331,8 @@ def _part_columns(part: Part) -> dict[str, Any]:
 
 def _tokenizers_of(look: _Look, documents: Shards, path: Path) -> dict[str, ImageTokenizer]:
     """The tokenizers that made the shards, where they still are where they were and what they were."""
-    folder, found = documents.files[0].parent, {}
+    folder = documents.files[0].parent
+    found: dict[str, ImageTokenizer] = {}
     if not (folder / FILE).is_file():
         look.say(f"no pictures: {path} has no {FILE}")
         return found

@@ -19,20 +19,21 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from unitok.checkpoint import ASSETS, write_json
-from unitok.config import load_recipe
+from unitok.config import DataSource, LanguageModelRecipe, TokenizerRecipe, load_recipe
 from unitok.data.scene_files import vocabulary_text, write_scenes
 
 NAME = "scenes"  # builtin:scenes, and the image tokenizer's name in it
 EYES = 30_000
 DOCUMENTS = {"train": 40_000, "validation": 400, "test": 500}
 TEXT_ROWS = 460
-LLAMA = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md
+LLAMA: dict[str, Any] = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
-TEMPLATE = {"question": "{question} ", "answer": "{answer}", "shot_separator": "\n", "separator": "\n"}
+TEMPLATE: dict[str, Any] = {"question": "{question} ", "answer": "{answer}", "shot_separator": "\n", "separator": "\n"}
 SHARDS = ("train_draw", "train_describe", "train_texts")
 
 
@@ -43,9 +44,10 @@ def make_eyes(out: Path) -> None:
 def make_tokenizer(out: Path) -> None:
     from unitok.training.tokenizer import train
 
-    train(
-        load_recipe("tokenizers/scenes_fsq.yaml", [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"])
-    )
+    overrides = [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"]
+    recipe = load_recipe("tokenizers/scenes_fsq.yaml", overrides)
+    assert isinstance(recipe, TokenizerRecipe)
+    train(recipe)
 
 
 def make_llm(out: Path) -> None:
@@ -96,7 +98,9 @@ def make_base(out: Path) -> None:
 
     overrides = [f"model={out / 'expanded'}", f"out={out / 'base'}"]
     overrides += [f"data.{i}.shards={out / 'shards' / name}" for i, name in enumerate(SHARDS)]
-    train(load_recipe("training/scenes_base.yaml", overrides))
+    recipe = load_recipe("training/scenes_base.yaml", overrides)
+    assert isinstance(recipe, LanguageModelRecipe)
+    train(recipe)
 
 
 STAGES: dict[str, Callable[[Path], None]] = {
@@ -110,19 +114,16 @@ STAGES: dict[str, Callable[[Path], None]] = {
 
 def scores(out: Path) -> list[dict]:
     """Scores of the base in `out` and, where there is one, of the shipped base, on the same validation scenes."""
-    from unitok.eval import captions, images, text_to_image  # noqa: F401
+    from unitok.eval import text_to_image
     from unitok.model import load
 
     found = []
-    shipped = ASSETS / NAME
-    for label, folder in (("new", out / "base"), ("shipped", shipped)):
-        if not (folder / "unitok.json").is_file():
-            continue
-        model = load(folder)
-        rows = [json.loads(line) for line in (out / "data" / "validation_prompts.jsonl").read_text().splitlines()]
-        rows = [{"id": str(i), **row} for i, row in enumerate(rows)]
-        drawn = text_to_image.evaluate(model, rows, guidance=1.5, temperature=0.7, batch_size=256)
-        found += [{"model": label, **score.to_dict()} for score in drawn]
+    rows = text_to_image.load_prompts([DataSource(path=str(out / "data" / "validation_prompts.jsonl"))])
+    for label, folder in (("new", out / "base"), ("shipped", ASSETS / NAME)):
+        if (folder / "unitok.json").is_file():
+            decode = {"guidance": 1.5, "temperature": 0.7}
+            drawn = text_to_image.evaluate(load(folder), rows, decode=decode, batch_size=256)
+            found += [{"model": label, **score.to_dict()} for score in drawn]
     return found
 
 

@@ -10,7 +10,8 @@ def make(**arguments) -> FSQTokenizer:
 
 
 @pytest.mark.parametrize(
-    "levels", [(8, 5, 5, 5), (8, 8, 8, 6, 5), (3,), (4, 3, 3), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5), (1000, 1000)])
+    "levels", [(8, 5, 5, 5), (8, 8, 8, 6, 5), (3,), (4, 3, 3), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5), (1000, 1000)]
+)
 def test_every_code_has_a_vector_that_gives_the_code_back(levels):
     tokenizer = make(levels=levels).eval()
     size = tokenizer.codebook_sizes[0]

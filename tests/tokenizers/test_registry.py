@@ -68,8 +68,10 @@ def test_listing_imports_nothing(folder):
     assert "broken_for_test" in tokenizers.names()
     with pytest.raises(RuntimeError, match="imported"):
         tokenizers.get("broken_for_test")
-    code = ("import sys; from unitok import tokenizers, detokenizers; tokenizers.names(); detokenizers.names(); "
-            "print([m for m in ('torch', 'transformers', 'unitok.tokenizers.fsq') if m in sys.modules])")
+    code = (
+        "import sys; from unitok import tokenizers, detokenizers; tokenizers.names(); detokenizers.names(); "
+        "print([m for m in ('torch', 'transformers', 'unitok.tokenizers.fsq') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -64,15 +64,28 @@ def pictures(tmp_path_factory) -> Path:
     for i in range(40):
         picture = np.full((20, 20, 3), rng.integers(0, 256, 3), np.uint8)
         x, y = rng.integers(0, 12, 2)
-        picture[y:y + 8, x:x + 8] = rng.integers(0, 256, 3)
+        picture[y : y + 8, x : x + 8] = rng.integers(0, 256, 3)
         Image.fromarray(picture).save(folder / f"{i:03d}.png")
     return folder
 
 
 def recipe(pictures: Path, out: Path, **changes) -> TokenizerRecipe:
-    arguments = {"kind": "tokenizer", "tokenizer": {"name": f"{__name__}:Noisy"}, "data": str(pictures),
-                 "out": str(out), "steps": 10, "batch_size": 8, "lr": 1e-3, "schedule": "linear", "warmup": 2,
-                 "ema": 0.9, "checkpoint_every": 4, "sample_every": 100, "log_every": 5, "eval_images": 4}
+    arguments = {
+        "kind": "tokenizer",
+        "tokenizer": {"name": f"{__name__}:Noisy"},
+        "data": str(pictures),
+        "out": str(out),
+        "steps": 10,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "schedule": "linear",
+        "warmup": 2,
+        "ema": 0.9,
+        "checkpoint_every": 4,
+        "sample_every": 100,
+        "log_every": 5,
+        "eval_images": 4,
+    }
     return TokenizerRecipe(**{**arguments, **changes})
 
 
@@ -80,10 +93,14 @@ def state_of(out: Path) -> dict[str, str]:
     """Hashes of everything that a run leaves behind and that must not depend on where it was stopped."""
     saved = checkpoint.load_torch(out / "training" / "checkpoint.pt")
     moments = {f"{i}.{k}": v for i, entry in saved["optimizer"]["state"].items() for k, v in entry.items()}
-    return {"folder": (out / "model.safetensors").read_bytes().hex(), "step": saved["step"],
-            "tokenizer": checkpoint.state_hash(saved["tokenizer"]), "moments": checkpoint.state_hash(moments),
-            "critic": checkpoint.state_hash(saved["critic"]) if saved["critic"] else "",
-            "ema": checkpoint.state_hash(saved["ema"]["average"])}
+    return {
+        "folder": (out / "model.safetensors").read_bytes().hex(),
+        "step": saved["step"],
+        "tokenizer": checkpoint.state_hash(saved["tokenizer"]),
+        "moments": checkpoint.state_hash(moments),
+        "critic": checkpoint.state_hash(saved["critic"]) if saved["critic"] else "",
+        "ema": checkpoint.state_hash(saved["ema"]["average"]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +135,11 @@ def test_a_crash_goes_on_from_the_last_checkpoint_and_ends_the_same(pictures, un
 
 def test_kill_9_while_saving_leaves_the_older_checkpoint_whole(pictures, tmp_path):
     """The process dies with half of the second checkpoint on disk; a run in this process ends like an unbroken one."""
-    arguments = recipe(pictures, tmp_path / "killed", tokenizer={"name": "fsq", "image_size": 16, "width": 8,
-                                                                "min_width": 8, "levels": [4, 3, 3]})
+    arguments = recipe(
+        pictures,
+        tmp_path / "killed",
+        tokenizer={"name": "fsq", "image_size": 16, "width": 8, "min_width": 8, "levels": [4, 3, 3]},
+    )
     script = f"""
 import os, signal, torch
 from unitok.config import TokenizerRecipe
@@ -134,8 +154,12 @@ def dying_save(state, path):
 torch.save = dying_save
 tokenizer.train(TokenizerRecipe.model_validate_json({arguments.model_dump_json()!r}))
 """
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert checkpoint.load_torch(tmp_path / "killed" / "training" / "checkpoint.pt")["step"] == 4
     train(arguments)
@@ -168,17 +192,30 @@ def test_a_finished_run_changes_nothing(pictures, uninterrupted):
 
 def test_training_beats_its_baselines(pictures, tmp_path):
     """Held-out pictures, after some seconds: better than untrained, and than the mean colour of each picture."""
-    out = train(recipe(pictures, tmp_path, steps=200, batch_size=16, lr=5e-3, ema=0.95, checkpoint_every=1000,
-                       tokenizer={"name": "fsq", "image_size": 16, "width": 16, "min_width": 16, "levels": [8, 5, 5]}))
+    out = train(
+        recipe(
+            pictures,
+            tmp_path,
+            steps=200,
+            batch_size=16,
+            lr=5e-3,
+            ema=0.95,
+            checkpoint_every=1000,
+            tokenizer={"name": "fsq", "image_size": 16, "width": 16, "min_width": 16, "levels": [8, 5, 5]},
+        )
+    )
     (psnr,) = json.loads((out / "training" / "report.json").read_text())["scores"]
     assert psnr["value"] > max(psnr["baselines"].values()) + 1
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"lr": 2e-3}, r"lr = 0.001, the recipe says 0.002"),
-    ({"steps": 20}, r"steps = 10, the recipe says 20"),
-    ({"tokenizer": {"name": f"{__name__}:Noisy", "image_size": 8}}, "made with tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 2e-3}, r"lr = 0.001, the recipe says 0.002"),
+        ({"steps": 20}, r"steps = 10, the recipe says 20"),
+        ({"tokenizer": {"name": f"{__name__}:Noisy", "image_size": 8}}, "made with tokenizer"),
+    ],
+)
 def test_another_recipe_is_not_continued(pictures, uninterrupted, changes, message):
     with pytest.raises(ValueError, match=message):
         train(recipe(pictures, uninterrupted, **changes))
@@ -192,11 +229,14 @@ def test_other_data_are_not_continued(pictures, uninterrupted, tmp_path):
         train(recipe(tmp_path, uninterrupted))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"tokenizer": {"name": "fsq", "widht": 8}}, "no argument 'widht' .did you mean 'width'"),
-    ({"tokenizer": {"name": "fqs"}}, "unknown tokenizer 'fqs'"),
-    ({"stage": "second"}, "no stage 'second'; it has main"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": {"name": "fsq", "widht": 8}}, "no argument 'widht' .did you mean 'width'"),
+        ({"tokenizer": {"name": "fqs"}}, "unknown tokenizer 'fqs'"),
+        ({"stage": "second"}, "no stage 'second'; it has main"),
+    ],
+)
 def test_recipes_that_cannot_be_run(pictures, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(recipe(pictures, tmp_path, **changes))
@@ -231,7 +271,7 @@ def mixed(pictures, tmp_path) -> Path:
     """JSON lines with five usable pictures and six rows that are not."""
     good = sorted(pictures.iterdir())[:5]
     whole = good[0].read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("this is no picture")
     (tmp_path / "empty.png").write_bytes(b"")
     rows = [{"image": str(p)} for p in good]

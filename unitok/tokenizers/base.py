@@ -138,8 +138,9 @@ class ImageTokenizer(Pretrained):
         bad = (codes < 0) | (codes >= size)
         if bad.any():
             b, j = bad.nonzero()[0].tolist()
-            raise ValueError(f"code out of range: {codes[b, j].item()} at image {b}, token {j}; "
-                             f"expected 0 to {size[j].item() - 1}")
+            raise ValueError(
+                f"code out of range: {codes[b, j].item()} at image {b}, token {j}; expected 0 to {size[j].item() - 1}"
+            )
         return grid
 
     def manifest(self) -> Manifest:
@@ -202,8 +203,9 @@ def tokenizer_section(tokenizer: ImageTokenizer) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(path_or_hub_id: str | Path, device: str | torch.device = "cpu", *,
-                   revision: str | None = None) -> ImageTokenizer:
+def load_tokenizer(
+    path_or_hub_id: str | Path, device: str | torch.device = "cpu", *, revision: str | None = None
+) -> ImageTokenizer:
     """A saved tokenizer (a folder or a Hub id), in eval mode. ValueError where its files do not fit together.
 
     A model folder with one image tokenizer stands for that tokenizer.
@@ -283,11 +285,13 @@ def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def parse_resize(rule: str) -> tuple[str, Image.Resampling]:
-    """"crop-lanczos" -> ("crop", Resampling.LANCZOS); ValueError for a rule that does not exist."""
+    """ "crop-lanczos" -> ("crop", Resampling.LANCZOS); ValueError for a rule that does not exist."""
     how, _, name = str(rule).partition("-")
     if how not in FITS or name not in FILTERS:
-        raise ValueError(f"unknown resize rule {rule!r}: expected FIT-FILTER with FIT one of {', '.join(FITS)} "
-                         f"and FILTER one of {', '.join(FILTERS)}")
+        raise ValueError(
+            f"unknown resize rule {rule!r}: expected FIT-FILTER with FIT one of {', '.join(FITS)} "
+            f"and FILTER one of {', '.join(FILTERS)}"
+        )
     return how, Image.Resampling[name.upper()]
 
 

@@ -41,9 +41,18 @@ class FSQTokenizer(ImageTokenizer):
 
     fully_convolutional = True
 
-    def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (8, 5, 5, 5), downsample: int = 2,
-                 blocks: int = 1, min_width: int = 32, edge_weight: float = 4.0, smoothness: float = 0.0,
-                 resize: str = "squash-bicubic"):
+    def __init__(
+        self,
+        image_size: int = 32,
+        width: int = 96,
+        levels: Sequence[int] = (8, 5, 5, 5),
+        downsample: int = 2,
+        blocks: int = 1,
+        min_width: int = 32,
+        edge_weight: float = 4.0,
+        smoothness: float = 0.0,
+        resize: str = "squash-bicubic",
+    ):
         super().__init__()
         parse_resize(resize)
         levels = tuple(levels)
@@ -63,18 +72,26 @@ class FSQTokenizer(ImageTokenizer):
         widths = [max(min_width, width >> i) for i in range(downsample - 1, -1, -1)]  # from half resolution on
         steps = list(itertools.pairwise(widths))
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), nn.SiLU(),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, widths[0], 3, padding=1),
+            nn.SiLU(),
             *(layer for fine, coarse in steps for layer in (nn.Conv2d(fine, coarse, 4, 2, 1), nn.SiLU())),
             *(ResidualBlock(widths[-1]) for _ in range(blocks)),
-            nn.Conv2d(widths[-1], len(levels), 1), nn.BatchNorm2d(len(levels), affine=False),
+            nn.Conv2d(widths[-1], len(levels), 1),
+            nn.BatchNorm2d(len(levels), affine=False),
         )
         self.quantizer = FSQ(list(levels))
         self.decoder = nn.Sequential(
-            nn.Conv2d(len(levels), widths[-1], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(len(levels), widths[-1], 3, padding=1),
+            nn.SiLU(),
             *(ResidualBlock(widths[-1]) for _ in range(blocks)),
-            *(layer for fine, coarse in reversed(steps)
-              for layer in (nn.ConvTranspose2d(coarse, fine, 4, 2, 1), nn.SiLU())),
-            nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2),
+            *(
+                layer
+                for fine, coarse in reversed(steps)
+                for layer in (nn.ConvTranspose2d(coarse, fine, 4, 2, 1), nn.SiLU())
+            ),
+            nn.Conv2d(widths[0], 12, 3, padding=1),
+            nn.PixelShuffle(2),
         )
         everything = torch.arange(self.codebook_sizes[0], dtype=torch.int32)
         if not torch.equal(self.quantizer.codes_to_indices(self.quantizer.implicit_codebook), everything):
@@ -83,8 +100,9 @@ class FSQTokenizer(ImageTokenizer):
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         height, width = (self.image_size if n is None else n for n in (height, width))
         if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
-            raise ValueError(f"image height and width must be positive multiples of {self.stride}, "
-                             f"got {height} x {width}")
+            raise ValueError(
+                f"image height and width must be positive multiples of {self.stride}, got {height} x {width}"
+            )
         return height // self.stride, width // self.stride
 
     def encode(self, images: Tensor) -> Tensor:
@@ -117,7 +135,8 @@ class FSQTokenizer(ImageTokenizer):
         tokenizer = cls(image_size=16, width=16, levels=(4, 3, 3), downsample=2, min_width=8)
         with torch.no_grad():  # statistics of noise, without which an untrained encoder gives every picture one code
             noise = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-            features, norm = tokenizer.encoder[:-1](noise * 2 - 1), tokenizer.encoder[-1]
+            features = tokenizer.encoder[:-1](noise * 2 - 1)
+            norm: Any = tokenizer.encoder[-1]
             norm.running_mean.copy_(features.mean(dim=(0, 2, 3)))
             norm.running_var.copy_(features.var(dim=(0, 2, 3)))
         return tokenizer

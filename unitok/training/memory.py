@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def lm_memory(recipe: LanguageModelRecipe, folder: Path, vocab: JointVocab | Non
     chosen: K, positions of a batch that carry loss.
     """
     half, frozen = Processes.half(recipe.dtype), recipe.method == "lora"
-    lm = lm_without_values(folder, torch.bfloat16 if half else torch.float32)
+    lm: Any = lm_without_values(folder, torch.bfloat16 if half else torch.float32)
     if recipe.gradient_checkpointing:
         checkpoint_activations(lm)
         lm.enable_input_require_grads()
@@ -52,7 +53,7 @@ def lm_memory(recipe: LanguageModelRecipe, folder: Path, vocab: JointVocab | Non
 
 def tokenizer_memory(recipe: TokenizerRecipe, tokenizer: ImageTokenizer, images: torch.Tensor) -> dict[str, int]:
     """The same for a tokenizer and its critic; activations by the loss of a few pictures, float [n, 3, H, W]."""
-    critic = tokenizer.critic()
+    critic: Any = tokenizer.critic()
     modules = [tokenizer] if critic is None else [tokenizer, critic]
     batch = {"images": images}
 
@@ -98,7 +99,7 @@ def _kept_bytes(forward: Callable[[], torch.Tensor], *modules: nn.Module) -> int
 
 @contextmanager
 def _values_made_up(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules of the meta device run as if on the CPU, by torch's fake tensors: the kernels of meta keep other things."""
+    """Modules of the meta device run as if on the CPU, by torch's fake tensors: kernels of meta keep other things."""
     if not any(p.is_meta for module in modules for p in module.parameters()):
         yield
         return
@@ -106,10 +107,12 @@ def _values_made_up(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     made: dict[int, torch.Tensor] = {}  # tied stays tied
     with FakeTensorMode():
-        for table in (t for m in modules for part in m.modules() for t in (part._parameters, part._buffers)):
+        parts = [part for module in modules for part in module.modules()]
+        tables: list[dict[str, Any]] = [t for part in parts for t in (part._parameters, part._buffers)]
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) not in made:
-                    fake = torch.empty_like(tensor, device="cpu")
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                     trained = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
                 table[name] = None if tensor is None else made[id(tensor)]
