@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -104,7 +105,7 @@ def main() -> None:
     done("score")
 
     differences = {name: compare(name, ours, peer) for name, peer in peers.items()}
-    row("frozen", kept / values, kept, values, "values")
+    row("frozen", kept / values, kept, values, "values of the base")
     seconds = sum(stages.values())
     row("seconds", BOUND_S / seconds, seconds, BOUND_S, "s", stages=stages, training=last_record(out))
     failed = [name for name, (_, (_, high)) in differences.items() if high >= 0]
@@ -132,9 +133,14 @@ def prepare(llm: Path, tokenizer: str, out: Path, seed: int) -> None:
 
 
 def train(out: Path, changes: Sequence[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = [f"model={out / 'model'}", f"data.0.shards={out / 'shards'}", f"out={out / 'adapter'}"]
+    recipe += [f"deepspeed={RECIPE.parent / 'deepspeed/zero2.json'}", *changes]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(PROCESSES)]  # gpus: processes
-    command += ["--module", "unitok", "train", str(RECIPE), f"model={out / 'model'}", f"data.0.shards={out / 'shards'}"]
-    command += [f"out={out / 'adapter'}", f"deepspeed={RECIPE.parent / 'deepspeed/zero2.json'}", *changes]
+    command += ["--master_port", str(port), "--log_level", "warning"]
+    command += ["--module", "unitok", "train", str(RECIPE), *recipe]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
 

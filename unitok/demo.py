@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +100,6 @@ class Demo:
         self.base = out / "scratch" / "base" if from_scratch else BASE
 
     def run(self) -> Path:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         stages: dict[str, Stage] = {
             "data": self.data,
             "tokenize": self.tokenize,

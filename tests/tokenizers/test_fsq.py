@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from unitok.tokenizers.fsq import FSQTokenizer, contrast_weight
+from unitok.nn.blocks import contrast_weight
+from unitok.tokenizers.fsq import FSQTokenizer
 
 
 def make(**arguments) -> FSQTokenizer:

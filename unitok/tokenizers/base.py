@@ -200,6 +200,7 @@ def tokenizer_section(tokenizer: ImageTokenizer) -> dict[str, Any]:
         "codebook_sizes": list(tokenizer.codebook_sizes),
         "grid": list(tokenizer.grid()),
         "vocabulary": tokenizer.vocabulary,
+        **({"token_codebook": tokenizer.token_codebook().tolist()} if len(tokenizer.codebook_sizes) > 1 else {}),
     }
 
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
 
+from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variation
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 MOST_CODES = 2**20  # beyond, the quantizer's float32 arithmetic mixes codes up
@@ -123,40 +123,14 @@ class FSQTokenizer(ImageTokenizer):
         target = batch["images"] * 2 - 1
         quantized, _ = self.quantizer(self.encoder(target))
         error = self.decoder(quantized) - target  # [B, 3, H, W]
-        pixels = (contrast_weight(target, self.edge_weight) * (error.abs() + error.square())).mean()
-        slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        pixels, slopes = pixel_losses(error, target, self.edge_weight)
         psnr = 10 * torch.log10(4 / error.detach().square().mean().clamp_min(1e-10))  # 4: the range of 2, squared
-        variation = quantized.diff(dim=2).abs().mean() + quantized.diff(dim=3).abs().mean()
-        parts = {"pixels": pixels, "slopes": slopes, "variation": variation, "psnr": psnr}
-        return pixels + slopes + self.smoothness * variation, {name: part.detach() for name, part in parts.items()}
+        rough = variation(quantized)
+        parts = {"pixels": pixels, "slopes": slopes, "variation": rough, "psnr": psnr}
+        return pixels + slopes + self.smoothness * rough, {name: part.detach() for name, part in parts.items()}
 
     @classmethod
     def tiny(cls) -> FSQTokenizer:
         tokenizer = cls(image_size=16, width=16, levels=(4, 3, 3), downsample=2, min_width=8)
-        with torch.no_grad():  # statistics of noise, without which an untrained encoder gives every picture one code
-            noise = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-            features = tokenizer.encoder[:-1](noise * 2 - 1)
-            norm: Any = tokenizer.encoder[-1]
-            norm.running_mean.copy_(features.mean(dim=(0, 2, 3)))
-            norm.running_var.copy_(features.var(dim=(0, 2, 3)))
+        fit_batch_norm(tokenizer.encoder, torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
         return tokenizer
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.mix = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + self.mix(x))
-
-
-@torch.no_grad()
-def contrast_weight(images: Tensor, heaviest: float) -> Tensor:
-    """[B, 3, H, W] -> [B, 1, H, W]: 1 in flat areas, up to `heaviest` within a pixel of a step of 1 or more."""
-    across = images.diff(dim=3).abs().amax(dim=1, keepdim=True)  # [B, 1, H, W - 1]
-    down = images.diff(dim=2).abs().amax(dim=1, keepdim=True)
-    across = torch.maximum(F.pad(across, (0, 1)), F.pad(across, (1, 0)))
-    down = torch.maximum(F.pad(down, (0, 0, 0, 1)), F.pad(down, (0, 0, 1, 0)))
-    contrast = F.max_pool2d(torch.maximum(across, down), 3, stride=1, padding=1).clamp(max=1)
-    return 1 + (heaviest - 1) * contrast

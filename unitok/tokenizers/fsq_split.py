@@ -1,0 +1,155 @@
+"""Structure and colour in codes of their own: an FSQ autoencoder (arXiv 2309.15505) with two codebooks.
+
+    structure   one code a 4 x 4 block, from a grey picture of where things are: how far each pixel is from the colour of
+                the border, over the farthest nearby. What colour a thing has does not show in it.
+    colour      one code an 8 x 8 block, from the picture itself.
+    decoder     both together -> pixels; structure alone -> the grey picture, which keeps colour out of its codes.
+
+Plain codes hold one value for every combination of outline and colour, and a language model has to meet each of them.
+Here a red circle is the outline of any circle and the red of any square, as the luma and chroma planes of video are
+kept apart, and coarser for colour. It suits pictures of things on a ground; photographs have little to gain.
+
+Shapes: B images, H x W pixels, h x w structure positions (H / 4, W / 4), colour positions (h / 2, w / 2), N tokens:
+the structure codes row by row, then the colour codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variation
+from unitok.tokenizers.base import ImageTokenizer, parse_resize
+
+NEARBY = 9  # pixels: the window whose farthest pixel counts as 1
+FAINT = 0.15  # a distance from the border's colour (of 1) below which nothing is scaled up
+WARM_UP = (300, 900)  # steps between which smoothness sets in: at once it would leave no structure to learn
+
+
+class SplitFSQTokenizer(ImageTokenizer):
+    """(image_size / 4)^2 structure codes, then (image_size / 8)^2 colour codes.
+
+    Args:
+        image_size: pixels per side; a multiple of 8.
+        width: channels at the structure positions.
+        levels, colour_levels: values per quantized channel of either codebook, each 3 or more.
+        edge_weight: factor on the pixel error near local contrast.
+        smoothness, colour_smoothness: weight of the mean difference of neighbouring quantized values.
+    """
+
+    def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (3, 3, 3),
+                 colour_levels: Sequence[int] = (8, 6, 5), edge_weight: float = 4.0, smoothness: float = 0.1,
+                 colour_smoothness: float = 0.03, resize: str = "squash-bicubic"):  # fmt: skip
+        super().__init__()
+        parse_resize(resize)
+        if image_size < 8 or image_size % 8:
+            raise ValueError(f"image_size must be a multiple of 8, got {image_size}")
+        for name, given in (("levels", levels), ("colour_levels", colour_levels)):
+            if not given or any(not isinstance(n, int) or n < 3 for n in given) or math.prod(given) > 2**16:
+                raise ValueError(f"{name} must be integers of 3 or more with at most 2**16 codes, got {tuple(given)}")
+        self.image_size, self.resize, self.edge_weight = image_size, resize, edge_weight
+        self.smoothness, self.colour_smoothness = smoothness, colour_smoothness
+        self.codebook_sizes = (math.prod(levels), math.prod(colour_levels))
+        half, a, b = width // 2, len(levels), len(colour_levels)
+
+        self.quantizer, self.colour_quantizer = FSQ(list(levels)), FSQ(list(colour_levels))
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(4, half, 3, padding=1), nn.SiLU(), nn.Conv2d(half, width, 4, 2, 1),
+            nn.SiLU(), ResidualBlock(width), nn.Conv2d(width, a, 1), nn.BatchNorm2d(a, affine=False),
+        )  # fmt: skip
+        self.colour_encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, half, 1), nn.SiLU(), nn.Conv2d(half, half, 4, 2, 1),
+            nn.SiLU(), ResidualBlock(half), nn.Conv2d(half, b, 1), nn.BatchNorm2d(b, affine=False),
+        )  # fmt: skip
+        self.structure_decoder = _decoder(a, width, 1)
+        self.colour_up = nn.ConvTranspose2d(b, half, 4, 2, 1)
+        self.decoder = _decoder(a + half, width, 3)
+
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int]:
+        if (height or self.image_size, width or self.image_size) != (self.image_size, self.image_size):
+            raise ValueError(f"expected height and width of {self.image_size} pixels, got {height} x {width}")
+        return ((self.image_size // 4) ** 2 + (self.image_size // 8) ** 2,)
+
+    def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
+        self.check_grid(grid)
+        side = self.image_size // 8
+        return torch.cat([torch.zeros(4 * side * side, dtype=torch.int64), torch.ones(side * side, dtype=torch.int64)])
+
+    def encode(self, images: Tensor) -> Tensor:
+        # the quantizers in float32: half precision would move values across the borders of the levels
+        _, structure = self.quantizer(self.encoder(grey_structure(images)).float())  # int32 [B, h, w]
+        _, colour = self.colour_quantizer(self.colour_encoder(images * 2 - 1).float())
+        return torch.cat([structure.flatten(1), colour.flatten(1)], dim=1).long()  # [B, N]
+
+    def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        structure, colour = self._vectors(codes)
+        return ((self._pixels(structure, colour) + 1) / 2).clamp(0, 1).float()
+
+    def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        """[B, N, D]: structure values in the first channels or colour values in the last, the others 0."""
+        structure, colour = (x.flatten(2).transpose(1, 2) for x in self._vectors(codes))  # [B, M, a], [B, M / 4, b]
+        return torch.cat([F.pad(structure, (0, colour.shape[2])), F.pad(colour, (structure.shape[2], 0))], dim=1)
+
+    def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels and their slopes, the grey picture from structure alone, and smoothness of both codes."""
+        images = batch["images"]
+        target, grey = images * 2 - 1, grey_structure(images)
+        structure, _ = self.quantizer(self.encoder(grey))
+        colour, _ = self.colour_quantizer(self.colour_encoder(target))
+        error = self._pixels(structure, colour) - target  # [B, 3, H, W]
+        pixels, slopes = pixel_losses(error, target, self.edge_weight)
+        outline = self.structure_decoder(structure) - grey
+        outlines = outline.abs().mean() + outline.square().mean()
+        first, last = WARM_UP
+        ramp = min(1.0, max(0, step - first) / (last - first))
+        rough, blotchy = variation(structure), variation(colour)
+        total = pixels + slopes + outlines + ramp * (self.smoothness * rough + self.colour_smoothness * blotchy)
+        psnr = 10 * torch.log10(4 / error.detach().square().mean().clamp_min(1e-10))  # 4: the range of 2, squared
+        parts = {"pixels": pixels, "slopes": slopes, "outlines": outlines, "variation": rough,
+                 "colour_variation": blotchy, "psnr": psnr}  # fmt: skip
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    @classmethod
+    def tiny(cls) -> SplitFSQTokenizer:
+        tokenizer = cls(image_size=16, width=16, levels=(3, 3), colour_levels=(4, 3))
+        noise = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        fit_batch_norm(tokenizer.encoder, grey_structure(noise))
+        fit_batch_norm(tokenizer.colour_encoder, noise * 2 - 1)
+        return tokenizer
+
+    def _vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized values [B, a, h, w] and [B, b, h / 2, w / 2]."""
+        side = self.image_size // 4
+        structure, colour = codes.split([side * side, side * side // 4], dim=1)
+        first = self.quantizer.indices_to_codes(structure.unflatten(1, (side, side)))
+        second = self.colour_quantizer.indices_to_codes(colour.unflatten(1, (side // 2, side // 2)))
+        return first.to(self.dtype), second.to(self.dtype)
+
+    def _pixels(self, structure: Tensor, colour: Tensor) -> Tensor:
+        return self.decoder(torch.cat([structure, self.colour_up(colour)], dim=1))  # [B, 3, H, W] around [-1, 1]
+
+
+def _decoder(channels: int, width: int, out: int) -> nn.Sequential:
+    half = width // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), ResidualBlock(width),
+        nn.ConvTranspose2d(width, half, 4, 2, 1), nn.SiLU(), nn.Conv2d(half, 4 * out, 3, padding=1),
+        nn.PixelShuffle(2),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def grey_structure(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> [B, 1, H, W] in [-1, 1]: how far from the border's median colour, over the farthest
+    pixel nearby."""
+    sides = (images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1])
+    ground = torch.cat(sides, dim=2).median(dim=2).values[:, :, None, None]  # [B, 3, 1, 1]
+    distance = (images - ground).abs().amax(dim=1, keepdim=True)
+    farthest = F.max_pool2d(distance, NEARBY, 1, NEARBY // 2).clamp_min(FAINT)
+    return distance / farthest * 2 - 1
