@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from unitok.demo import named_scores
+from unitok.config import load_recipe
+from unitok.demo import DEEPSPEED, named_scores, tuning
 
 SMALL = """
 import sys, unitok.demo as demo
@@ -66,6 +68,14 @@ def test_the_main_job_runs_resumes_and_reports(scene_model, tmp_path):
     stamp = (out / "report.html").stat().st_mtime_ns
     again = small_demo(scene_model, out)
     assert again.returncode == 0 and (out / "report.html").stat().st_mtime_ns == stamp
+
+
+def test_the_recipe_for_use_by_hand_is_the_demos():
+    root = Path(__file__).parents[1]
+    by_hand = load_recipe(root / "training/scenes_lora.yaml").model_dump()
+    own = tuning(Path("out/demo"), Path("builtin:scenes")).model_dump()
+    assert json.loads((root / by_hand.pop("deepspeed")).read_text()) == DEEPSPEED and own.pop("deepspeed")
+    assert by_hand == own
 
 
 def test_scores_get_their_names_and_the_untuned_base_beside_them():

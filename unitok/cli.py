@@ -141,7 +141,7 @@ def _no_bars() -> None:
 
 @app.command()
 def demo(
-    tokenizer: Annotated[str, Option("--tokenizer", metavar="NAME", help="Which image tokenizer.")] = "fsq",
+    tokenizer: Annotated[str, Option("--tokenizer", metavar="NAME", help="Which image tokenizer.")] = "fsq_split",
     from_scratch: Annotated[bool, Option("--from-scratch", help="Train the tokenizer and the base LLM too.")] = False,
     out: Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")] = Path("out/demo"),
 ) -> None:

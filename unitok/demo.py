@@ -63,7 +63,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         ],
         "out": str(out / "adapter"),
         "seed": seed,
-        "length": 420,
+        "length": 512,
         "batch_size": 4,
         "steps": 1000,
         "lr": 3e-3,
@@ -83,10 +83,10 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
     return recipe
 
 
-def run(out: str | Path = "out/demo", *, tokenizer: str = "fsq", from_scratch: bool = False) -> Path:
+def run(out: str | Path = "out/demo", *, tokenizer: str = "fsq_split", from_scratch: bool = False) -> Path:
     """Run what is not yet done in `out` and return the report's path. ValueError for an unknown tokenizer."""
-    if tokenizer != "fsq":
-        raise ValueError(f"demo has no recipe for the image tokenizer {tokenizer!r}; it has: fsq")
+    if tokenizer != "fsq_split":
+        raise ValueError(f"demo has no recipe for the image tokenizer {tokenizer!r}; it has: fsq_split")
     return Demo(Path(out), from_scratch=from_scratch).run()
 
 

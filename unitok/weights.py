@@ -1,7 +1,7 @@
 """Makes the embedded default again: `make weights`, or `python -m unitok.weights --out DIR [--only STAGE ...]`.
 
     eyes         pictures of every pair
-    tokenizer    tokenizers/scenes_fsq.yaml on them
+    tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
     base         training/scenes_base.yaml: full training of that model on them
@@ -45,7 +45,7 @@ def make_tokenizer(out: Path) -> None:
     from unitok.training.tokenizer import train
 
     overrides = [f"data={out / 'eyes' / 'eyes.jsonl'}", f"out={out / 'tokenizer'}"]
-    recipe = load_recipe("tokenizers/scenes_fsq.yaml", overrides)
+    recipe = load_recipe("tokenizers/scenes_split.yaml", overrides)
     assert isinstance(recipe, TokenizerRecipe)
     train(recipe)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unitok.tokenizers.base import tokenizer_section
-from unitok.tokenizers.fsq_split import SplitFSQTokenizer, grey_structure
+from unitok.tokenizers.fsq_split import SplitFSQTokenizer, grey_structure, spread_colour
 
 
 def make(**arguments) -> SplitFSQTokenizer:
@@ -21,6 +21,13 @@ def test_the_grey_picture_is_the_same_for_every_colour():
     red, blue = grey_structure(squares((0.9, 0.1, 0.1))), grey_structure(squares((0.1, 0.2, 0.8), ground=0.95))
     torch.testing.assert_close(red, blue)
     assert red.shape == (1, 1, 16, 16) and red.unique().tolist() == [-1.0, 1.0]
+
+
+def test_a_colour_spreads_over_what_is_near_and_stops_there():
+    spread = (spread_colour(squares((0.9, 0.1, 0.1), ground=0.5)) + 1) / 2
+    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 11, 11)
+    torch.testing.assert_close(spread[0, :, 2:13, 4:15], red)
+    assert (spread[0, :, :2] == 0.5).all() and (spread[0, :, 13:] == 0.5).all() and (spread[0, :, :, :4] == 0.5).all()
 
 
 def test_faint_noise_is_not_blown_up():
@@ -49,7 +56,7 @@ def test_what_the_decoder_is_trained_on_is_what_decode_gives_it():
     tokenizer = make().eval()
     images = torch.rand(3, 3, 16, 16)
     structure, _ = tokenizer.quantizer(tokenizer.encoder(grey_structure(images)))
-    colour, _ = tokenizer.colour_quantizer(tokenizer.colour_encoder(images * 2 - 1))
+    colour, _ = tokenizer.colour_quantizer(tokenizer.colour_encoder(spread_colour(images)))
     rebuilt = ((tokenizer._pixels(structure, colour) + 1) / 2).clamp(0, 1)
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(images)), rebuilt, atol=1e-5, rtol=0)
 

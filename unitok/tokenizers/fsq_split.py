@@ -1,8 +1,9 @@
 """Structure and colour in codes of their own: an FSQ autoencoder (arXiv 2309.15505) with two codebooks.
 
-    structure   one code a 4 x 4 block, from a grey picture of where things are: how far each pixel is from the colour of
-                the border, over the farthest nearby. What colour a thing has does not show in it.
-    colour      one code an 8 x 8 block, from the picture itself.
+    structure   one code a 4 x 4 block, from a grey picture of where things are: how far each pixel is from the colour
+                of the border, over the farthest nearby. What colour a thing has does not show in it.
+    colour      one code an 8 x 8 block, from a picture whose every pixel has the colour, of those nearby, that stands
+                out most from the border. How much of a block a thing covers does not show in it.
     decoder     both together -> pixels; structure alone -> the grey picture, which keeps colour out of its codes.
 
 Plain codes hold one value for every combination of outline and colour, and a language model has to meet each of them.
@@ -28,6 +29,7 @@ from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variat
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 NEARBY = 9  # pixels: the window whose farthest pixel counts as 1
+AROUND = 5  # pixels: the window that a colour spreads over
 FAINT = 0.15  # a distance from the border's colour (of 1) below which nothing is scaled up
 WARM_UP = (300, 900)  # steps between which smoothness sets in: at once it would leave no structure to learn
 
@@ -44,8 +46,8 @@ class SplitFSQTokenizer(ImageTokenizer):
     """
 
     def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (3, 3, 3),
-                 colour_levels: Sequence[int] = (8, 6, 5), edge_weight: float = 4.0, smoothness: float = 0.1,
-                 colour_smoothness: float = 0.03, resize: str = "squash-bicubic"):  # fmt: skip
+                 colour_levels: Sequence[int] = (3, 3, 3, 3), edge_weight: float = 4.0, smoothness: float = 0.15,
+                 colour_smoothness: float = 0.2, resize: str = "squash-bicubic"):  # fmt: skip
         super().__init__()
         parse_resize(resize)
         if image_size < 8 or image_size % 8:
@@ -84,7 +86,7 @@ class SplitFSQTokenizer(ImageTokenizer):
     def encode(self, images: Tensor) -> Tensor:
         # the quantizers in float32: half precision would move values across the borders of the levels
         _, structure = self.quantizer(self.encoder(grey_structure(images)).float())  # int32 [B, h, w]
-        _, colour = self.colour_quantizer(self.colour_encoder(images * 2 - 1).float())
+        _, colour = self.colour_quantizer(self.colour_encoder(spread_colour(images)).float())
         return torch.cat([structure.flatten(1), colour.flatten(1)], dim=1).long()  # [B, N]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
@@ -101,7 +103,7 @@ class SplitFSQTokenizer(ImageTokenizer):
         images = batch["images"]
         target, grey = images * 2 - 1, grey_structure(images)
         structure, _ = self.quantizer(self.encoder(grey))
-        colour, _ = self.colour_quantizer(self.colour_encoder(target))
+        colour, _ = self.colour_quantizer(self.colour_encoder(spread_colour(images)))
         error = self._pixels(structure, colour) - target  # [B, 3, H, W]
         pixels, slopes = pixel_losses(error, target, self.edge_weight)
         outline = self.structure_decoder(structure) - grey
@@ -120,7 +122,7 @@ class SplitFSQTokenizer(ImageTokenizer):
         tokenizer = cls(image_size=16, width=16, levels=(3, 3), colour_levels=(4, 3))
         noise = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         fit_batch_norm(tokenizer.encoder, grey_structure(noise))
-        fit_batch_norm(tokenizer.colour_encoder, noise * 2 - 1)
+        fit_batch_norm(tokenizer.colour_encoder, spread_colour(noise))
         return tokenizer
 
     def _vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,10 +148,21 @@ def _decoder(channels: int, width: int, out: int) -> nn.Sequential:
 
 @torch.no_grad()
 def grey_structure(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> [B, 1, H, W] in [-1, 1]: how far from the border's median colour, over the farthest
-    pixel nearby."""
-    sides = (images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1])
-    ground = torch.cat(sides, dim=2).median(dim=2).values[:, :, None, None]  # [B, 3, 1, 1]
-    distance = (images - ground).abs().amax(dim=1, keepdim=True)
+    """[B, 3, H, W] in [0, 1] -> [B, 1, H, W] in [-1, 1]: how far from the border's colour, over the farthest nearby."""
+    distance = _distance(images)
     farthest = F.max_pool2d(distance, NEARBY, 1, NEARBY // 2).clamp_min(FAINT)
     return distance / farthest * 2 - 1
+
+
+@torch.no_grad()
+def spread_colour(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> the same shape in [-1, 1]: the colour nearby that is farthest from the border's."""
+    _, where = F.max_pool2d(_distance(images), AROUND, 1, AROUND // 2, return_indices=True)  # [B, 1, H, W]
+    return images.flatten(2).gather(2, where.flatten(2).expand(-1, 3, -1)).view_as(images) * 2 - 1
+
+
+def _distance(images: Tensor) -> Tensor:
+    """[B, 1, H, W]: the largest difference of a channel from the median colour of the border."""
+    sides = (images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1])
+    ground = torch.cat(sides, dim=2).median(dim=2).values[:, :, None, None]  # [B, 3, 1, 1]
+    return (images - ground).abs().amax(dim=1, keepdim=True)
