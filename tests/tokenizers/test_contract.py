@@ -301,6 +301,9 @@ def test_unknown_rules_are_refused(rule):
 def test_colours_that_a_plain_conversion_gets_wrong():
     clear = Image.new("RGBA", (2, 2), (200, 0, 0, 0))
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)  # what one sees is the paper
+    keyed = Image.new("RGB", (2, 2), (200, 0, 0))
+    keyed.info["transparency"] = (200, 0, 0)  # as PNG's tRNS gives it: this colour is clear
+    assert to_rgb(keyed).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
     assert to_rgb(deep).getpixel((0, 0)) == (128, 128, 128)
     turned = Image.new("RGB", (4, 2))

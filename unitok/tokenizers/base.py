@@ -248,7 +248,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"expected a PIL image, got {type(image).__name__}")
     if min(image.size) < 1:
         raise ValueError(f"picture of {image.size[0]} x {image.size[1]} pixels is empty")
-    if image.mode == "RGB" and not image.getexif():
+    if image.mode == "RGB" and not image.has_transparency_data and not image.getexif():
         return image
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # convert("RGB") would cut every value above 255
