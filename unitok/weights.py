@@ -37,10 +37,10 @@ TEMPLATE: dict[str, Any] = {"question": "{question} ", "answer": "{answer}", "sh
 DRAW = {"guidance": 1.5, "temperature": 0.7}
 README = """# builtin:scenes
 
-A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one downloads
-in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml`. The base has read
-captions and sentences and seen pictures, never a question, and never a held-out (shape, colour) pair; the tokenizer has
-seen pictures of every pair. `log.jsonl` is the base's training log, `tokenizer_report.json` the tokenizer's.
+A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
+downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml`. The
+base has seen pictures with captions and read sentences, never a question, and never a held-out (shape, colour) pair; the tokenizer
+has seen pictures of every pair. `log.jsonl` is the base's training log, `tokenizer_report.json` the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 

@@ -25,9 +25,9 @@ def test_the_grey_picture_is_the_same_for_every_colour():
 
 def test_a_colour_spreads_over_what_is_near_and_stops_there():
     spread = (spread_colour(squares((0.9, 0.1, 0.1), ground=0.5)) + 1) / 2
-    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 11, 11)
-    torch.testing.assert_close(spread[0, :, 2:13, 4:15], red)
-    assert (spread[0, :, :2] == 0.5).all() and (spread[0, :, 13:] == 0.5).all() and (spread[0, :, :, :4] == 0.5).all()
+    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 9, 9)
+    torch.testing.assert_close(spread[0, :, 3:12, 5:14], red)
+    assert (spread[0, :, :3] == 0.5).all() and (spread[0, :, 12:] == 0.5).all() and (spread[0, :, :, :5] == 0.5).all()
 
 
 def test_faint_noise_is_not_blown_up():
@@ -38,18 +38,29 @@ def test_faint_noise_is_not_blown_up():
 def test_structure_codes_do_not_see_colour_and_colour_codes_do():
     tokenizer = SplitFSQTokenizer.tiny().eval()
     red, blue = tokenizer.encode(squares((0.9, 0.1, 0.1))), tokenizer.encode(squares((0.1, 0.2, 0.8)))
-    assert torch.equal(red[:, :16], blue[:, :16])
-    assert not torch.equal(red[:, 16:], blue[:, 16:])
+    assert torch.equal(red[:, 4:], blue[:, 4:])
+    assert not torch.equal(red[:, :4], blue[:, :4])
+
+
+def test_what_stands_elsewhere_does_not_change_the_codes_of_a_thing():
+    tokenizer = make(image_size=32).eval()
+    one, two = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    one[:, :, 8:16, 8:16] = two[:, :, 8:16, 8:16] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    two[:, :, 18:26, 8:16] = 1.0  # brighter, two pixels below
+    colour, structure = (x.view(2, side, side) for x, side in zip(
+        tokenizer.encode(torch.cat([one, two])).split([16, 64], dim=1), (4, 8), strict=True
+    ))  # fmt: skip
+    assert torch.equal(structure[0, :4], structure[1, :4]) and torch.equal(colour[0, :2], colour[1, :2])
 
 
 def test_every_code_has_a_vector_of_its_own():
     tokenizer = make().eval()
     structure = torch.arange(16).remainder(9)
-    codes = torch.cat([structure, torch.tensor([0, 5, 10, 11])])[None]
+    codes = torch.cat([torch.tensor([0, 5, 10, 11]), structure])[None]
     vectors = tokenizer.embed(codes)  # [1, 20, 4]
-    assert torch.equal(tokenizer.quantizer.codes_to_indices(vectors[0, :16, :2]).long(), structure)
-    assert torch.equal(tokenizer.colour_quantizer.codes_to_indices(vectors[0, 16:, 2:]).long(), codes[0, 16:])
-    assert not vectors[0, :16, 2:].any() and not vectors[0, 16:, :2].any()
+    assert torch.equal(tokenizer.quantizer.codes_to_indices(vectors[0, 4:, :2]).long(), structure)
+    assert torch.equal(tokenizer.colour_quantizer.codes_to_indices(vectors[0, :4, 2:]).long(), codes[0, :4])
+    assert not vectors[0, 4:, 2:].any() and not vectors[0, :4, :2].any()
 
 
 def test_what_the_decoder_is_trained_on_is_what_decode_gives_it():
@@ -76,7 +87,7 @@ def test_gradients_reach_every_parameter_and_smoothness_sets_in_late():
 def test_the_manifest_says_which_token_has_which_codebook():
     section = tokenizer_section(make())
     assert section["grid"] == [20] and section["codebook_sizes"] == [9, 12]
-    assert section["token_codebook"] == [0] * 16 + [1] * 4
+    assert section["token_codebook"] == [1] * 4 + [0] * 16
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
     eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model
     train_captions.jsonl         {"image", "text"}                         no held-out pair in any train_ file
     train_draw.jsonl             {"parts": [text without loss, image]}     the same captions as things to draw ...
-    train_describe.jsonl         {"parts": [image without loss, text]}     ... and as things to say
+    train_describe.jsonl         {"parts": [image, text]}                  ... and as things to say
     train_questions.jsonl        {"image", "question", "answers", ...}
     train_shots.jsonl            {"messages": [...]}: interleaved documents of 1 to 5 pictures with a question each
     train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
@@ -148,10 +148,12 @@ def _write_scored(out, split: str, scenes, names, rng) -> None:
 
 
 def _ordered_row(name: str, text: str, first: str) -> dict:
-    """Caption and picture in one order; only the second of them is learnt."""
+    """Caption and picture in one order. The caption of a picture to draw is not learnt; a picture that comes first is, as
+    pictures without a prompt: the other half of classifier-free guidance."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}, {"type": "image", "image": name}]
     parts.sort(key=lambda part: part["type"] != first)
-    parts[0]["loss"] = False
+    if first == "text":
+        parts[0]["loss"] = False
     return {"parts": parts}
 
 

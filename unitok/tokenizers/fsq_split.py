@@ -11,7 +11,8 @@ Here a red circle is the outline of any circle and the red of any square, as the
 kept apart, and coarser for colour. It suits pictures of things on a ground; photographs have little to gain.
 
 Shapes: B images, H x W pixels, h x w structure positions (H / 4, W / 4), colour positions (h / 2, w / 2), N tokens:
-the structure codes row by row, then the colour codes.
+the colour codes row by row, then the structure codes. Colours first: a language model lays out what its prompt names
+before it draws an outline, and each outline finds the word of its thing by the colour in its place.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from vector_quantize_pytorch import FSQ
 from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variation
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
-NEARBY = 9  # pixels: the window whose farthest pixel counts as 1
-AROUND = 5  # pixels: the window that a colour spreads over
+NEARBY = 3  # pixels: the window whose farthest pixel counts as 1
+AROUND = 3  # pixels: the window that a colour spreads over
 FAINT = 0.15  # a distance from the border's colour (of 1) below which nothing is scaled up
 WARM_UP = (300, 900)  # steps between which smoothness sets in: at once it would leave no structure to learn
 
 
 class SplitFSQTokenizer(ImageTokenizer):
-    """(image_size / 4)^2 structure codes, then (image_size / 8)^2 colour codes.
+    """(image_size / 8)^2 colour codes (codebook 1), then (image_size / 4)^2 structure codes (codebook 0).
 
     Args:
         image_size: pixels per side; a multiple of 8.
@@ -46,8 +47,8 @@ class SplitFSQTokenizer(ImageTokenizer):
     """
 
     def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (3, 3, 3),
-                 colour_levels: Sequence[int] = (3, 3, 3, 3), edge_weight: float = 4.0, smoothness: float = 0.15,
-                 colour_smoothness: float = 0.2, resize: str = "squash-bicubic"):  # fmt: skip
+                 colour_levels: Sequence[int] = (3, 3, 3, 3), edge_weight: float = 4.0, smoothness: float = 0.05,
+                 colour_smoothness: float = 0.1, resize: str = "squash-bicubic"):  # fmt: skip
         super().__init__()
         parse_resize(resize)
         if image_size < 8 or image_size % 8:
@@ -61,14 +62,8 @@ class SplitFSQTokenizer(ImageTokenizer):
         half, a, b = width // 2, len(levels), len(colour_levels)
 
         self.quantizer, self.colour_quantizer = FSQ(list(levels)), FSQ(list(colour_levels))
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(4, half, 3, padding=1), nn.SiLU(), nn.Conv2d(half, width, 4, 2, 1),
-            nn.SiLU(), ResidualBlock(width), nn.Conv2d(width, a, 1), nn.BatchNorm2d(a, affine=False),
-        )  # fmt: skip
-        self.colour_encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, half, 1), nn.SiLU(), nn.Conv2d(half, half, 4, 2, 1),
-            nn.SiLU(), ResidualBlock(half), nn.Conv2d(half, b, 1), nn.BatchNorm2d(b, affine=False),
-        )  # fmt: skip
+        self.encoder = _encoder(1, 4, width, a)
+        self.colour_encoder = _encoder(3, 8, width, b)
         self.structure_decoder = _decoder(a, width, 1)
         self.colour_up = nn.ConvTranspose2d(b, half, 4, 2, 1)
         self.decoder = _decoder(a + half, width, 3)
@@ -81,13 +76,13 @@ class SplitFSQTokenizer(ImageTokenizer):
     def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
         self.check_grid(grid)
         side = self.image_size // 8
-        return torch.cat([torch.zeros(4 * side * side, dtype=torch.int64), torch.ones(side * side, dtype=torch.int64)])
+        return torch.cat([torch.ones(side * side, dtype=torch.int64), torch.zeros(4 * side * side, dtype=torch.int64)])
 
     def encode(self, images: Tensor) -> Tensor:
         # the quantizers in float32: half precision would move values across the borders of the levels
         _, structure = self.quantizer(self.encoder(grey_structure(images)).float())  # int32 [B, h, w]
         _, colour = self.colour_quantizer(self.colour_encoder(spread_colour(images)).float())
-        return torch.cat([structure.flatten(1), colour.flatten(1)], dim=1).long()  # [B, N]
+        return torch.cat([colour.flatten(1), structure.flatten(1)], dim=1).long()  # [B, N]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         structure, colour = self._vectors(codes)
@@ -96,7 +91,7 @@ class SplitFSQTokenizer(ImageTokenizer):
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """[B, N, D]: structure values in the first channels or colour values in the last, the others 0."""
         structure, colour = (x.flatten(2).transpose(1, 2) for x in self._vectors(codes))  # [B, M, a], [B, M / 4, b]
-        return torch.cat([F.pad(structure, (0, colour.shape[2])), F.pad(colour, (structure.shape[2], 0))], dim=1)
+        return torch.cat([F.pad(colour, (structure.shape[2], 0)), F.pad(structure, (0, colour.shape[2]))], dim=1)
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels and their slopes, the grey picture from structure alone, and smoothness of both codes."""
@@ -128,7 +123,7 @@ class SplitFSQTokenizer(ImageTokenizer):
     def _vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized values [B, a, h, w] and [B, b, h / 2, w / 2]."""
         side = self.image_size // 4
-        structure, colour = codes.split([side * side, side * side // 4], dim=1)
+        colour, structure = codes.split([side * side // 4, side * side], dim=1)
         first = self.quantizer.indices_to_codes(structure.unflatten(1, (side, side)))
         second = self.colour_quantizer.indices_to_codes(colour.unflatten(1, (side // 2, side // 2)))
         return first.to(self.dtype), second.to(self.dtype)
@@ -137,10 +132,18 @@ class SplitFSQTokenizer(ImageTokenizer):
         return self.decoder(torch.cat([structure, self.colour_up(colour)], dim=1))  # [B, 3, H, W] around [-1, 1]
 
 
+def _encoder(channels: int, block: int, width: int, out: int) -> nn.Sequential:
+    """Each block by itself: what stands beside a thing does not change its codes, so scenes compose."""
+    return nn.Sequential(
+        nn.PixelUnshuffle(block), nn.Conv2d(channels * block * block, width, 1), nn.SiLU(),
+        nn.Conv2d(width, width, 1), nn.SiLU(), nn.Conv2d(width, out, 1), nn.BatchNorm2d(out, affine=False),
+    )  # fmt: skip
+
+
 def _decoder(channels: int, width: int, out: int) -> nn.Sequential:
     half = width // 2
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), ResidualBlock(width),
+        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), ResidualBlock(width), ResidualBlock(width),
         nn.ConvTranspose2d(width, half, 4, 2, 1), nn.SiLU(), nn.Conv2d(half, 4 * out, 3, padding=1),
         nn.PixelShuffle(2),
     )  # fmt: skip
