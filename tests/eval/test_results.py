@@ -12,6 +12,7 @@ from unitok.eval.results import (
     Score,
     bootstrap,
     compare,
+    effective_rows,
     paired_difference,
     read_results,
     summarise,
@@ -64,6 +65,25 @@ def test_pairing_sees_a_difference_that_two_intervals_hide():
     assert bootstrap(a)[1] > bootstrap(b)[0]
     with pytest.raises(ValueError, match="same rows"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_rows_of_one_group_count_for_less():
+    alone, twins = [1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert effective_rows(alone, None) == effective_rows(alone, list("abcd")) == 4
+    both = effective_rows(twins, list("aabbccdd"))  # every second row says nothing new
+    assert 3 <= both <= 4
+    assert effective_rows([1.0] * 6, list("aabbcc")) == 3
+    # coverage of wilson intervals with 20 pictures of 5 questions that are right or wrong together
+    rng, inside, naive = np.random.default_rng(0), 0, 0
+    groups = [i // 5 for i in range(100)]
+    for _ in range(400):
+        values = np.repeat(rng.random(20) < 0.7, 5).astype(float)
+        n = effective_rows(values, groups)
+        low, high = wilson(values.mean() * n, n)
+        inside += low <= 0.7 <= high
+        low, high = wilson(values.sum(), 100)
+        naive += low <= 0.7 <= high
+    assert inside / 400 > 0.92 > 0.75 > naive / 400
 
 
 def test_summarise_takes_wilson_for_proportions_and_bootstrap_for_means():

@@ -81,7 +81,7 @@ def named(scores):
 def test_an_oracle_wins_and_every_control_arm_loses():
     scores = named(evaluate(Oracle(), ROWS, TRAIN, shots=2))
     overall = scores["vqa"]
-    assert overall.value == 1.0 and overall.n == 120 and overall.interval[0] > 0.95
+    assert overall.value == 1.0 and overall.n == 120 and overall.interval[0] > 0.93  # of 60 pictures
     assert set(overall.baselines) == set(BASELINES)
     assert overall.baselines["no_image"] == 0.0
     # permuted shots do not bother a model that ignores shots; all other controls take the picture away

@@ -80,18 +80,21 @@ def summarise(
 ) -> Score:
     """The score of `values` (row id -> value).
 
-    Interval: Wilson for proportions (`proportion`; by default where every value is 0 or 1), else a seeded bootstrap
-    that resamples whole `groups` (row id -> group, say its picture). Baselines are numbers or values of the same rows.
+    Interval: Wilson for proportions (`proportion`; by default where every value is 0 or 1), of the effective number of
+    rows where several share one of `groups` (row id -> group, say its picture); else a seeded bootstrap that resamples
+    whole groups. Baselines are numbers or values of the same rows.
     """
     if not values:
         raise ValueError(f"score {name}: no rows to score")
     numbers = list(values.values())
     if proportion is None:
         proportion = all(v in (0, 1) for v in numbers)
+    members = None if groups is None else [groups[i] for i in values]
     if proportion:
-        interval = wilson(sum(numbers), len(numbers))
+        n = effective_rows(numbers, members)
+        interval = wilson(mean(numbers) * n, n)
     else:
-        interval = bootstrap(numbers, groups=None if groups is None else [groups[i] for i in values], seed=seed)
+        interval = bootstrap(numbers, groups=members, seed=seed)
     means = {k: v if isinstance(v, (int, float)) else mean(v[i] for i in values) for k, v in (baselines or {}).items()}
     protocol = {**(protocol or {}), "interval": "wilson 95%" if proportion else "bootstrap 95%"}
     return Score(name, mean(numbers), len(numbers), interval, means, protocol, dict(values))
@@ -117,6 +120,20 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
+
+
+def effective_rows(values: Sequence[float], groups: Sequence[Hashable] | None) -> float:
+    """Independent rows that would tell as much of a proportion as these: n over the design effect of the groups.
+
+    Variance by linearisation of the ratio mean (Kish, Survey Sampling, 1965); where it is 0, the number of groups.
+    """
+    sums, counts = _by_group(values, groups)  # [G] [G]
+    n, g = float(counts.sum()), len(sums)
+    p = float(sums.sum()) / n
+    if g == n or g == 1 or p in (0.0, 1.0):
+        return float(g)
+    clustered = float(np.square(sums - p * counts).sum()) * g / (g - 1) / n**2
+    return n / max(1.0, clustered / (p * (1 - p) / n))
 
 
 def bootstrap(
