@@ -85,7 +85,8 @@ class Setting:
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
-SETTINGS = {"demo": DEMO, "full": FULL}
+TWO = Setting(counts=(0.0, 1.0))
+SETTINGS = {"demo": DEMO, "full": FULL, "two": TWO}
 
 
 # ---------------------------------------------------------------- drawing
