@@ -148,8 +148,8 @@ def _write_scored(out, split: str, scenes, names, rng) -> None:
 
 
 def _ordered_row(name: str, text: str, first: str) -> dict:
-    """Caption and picture in one order. The caption of a picture to draw is not learnt; a picture that comes first is, as
-    pictures without a prompt: the other half of classifier-free guidance."""
+    """Caption and picture in one order. The caption of a picture to draw is not learnt. A picture that comes first is:
+    pictures without a prompt are the other half of classifier-free guidance."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}, {"type": "image", "image": name}]
     parts.sort(key=lambda part: part["type"] != first)
     if first == "text":
