@@ -97,7 +97,7 @@ class Demo:
         self.out, self.from_scratch = out, from_scratch
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
-        self.base = out / "scratch" / "binding" if from_scratch else BASE
+        self.base = out / "scratch" / "base" if from_scratch else BASE
 
     def run(self) -> Path:
         stages: dict[str, Stage] = {

@@ -5,7 +5,6 @@
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
     base         training/scenes_base.yaml: full training of that model on them
-    binding      training/scenes_binding.yaml: more of it, mostly on pictures of two things: which word is whose
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -18,7 +17,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,10 @@ DRAW = {"guidance": 1.5, "temperature": 0.7}
 README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
-downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml` and
-`training/scenes_binding.yaml`. The base has seen pictures with captions and read sentences, never a question, and never
-a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair. `log_base.jsonl` and `log.jsonl` are the
-base's training logs, `tokenizer_report.json` is the tokenizer's.
+downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml`. The
+base has seen pictures with captions and read sentences, never a question, and never
+a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair. `log.jsonl` is the base's training
+log, `tokenizer_report.json` is the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 
@@ -116,21 +115,13 @@ def make_documents(out: Path) -> None:
 
 
 def make_base(out: Path) -> None:
-    train_on(SHARDS[:3], "training/scenes_base.yaml", out / "expanded", out / "base", out)
-
-
-def make_binding(out: Path) -> None:
-    train_on(SHARDS, "training/scenes_binding.yaml", out / "base", out / "binding", out)
-
-
-def train_on(shards: Sequence[tuple[str, str]], recipe: str, model: Path, target: Path, out: Path) -> None:
     from unitok.training.language_model import train
 
-    overrides = [f"model={model}", f"out={target}"]
-    overrides += [f"data.{i}.shards={out / 'shards' / folder / name}" for i, (folder, name) in enumerate(shards)]
-    made = load_recipe(recipe, overrides)
-    assert isinstance(made, LanguageModelRecipe)
-    train(made)
+    overrides = [f"model={out / 'expanded'}", f"out={out / 'base'}"]
+    overrides += [f"data.{i}.shards={out / 'shards' / folder / name}" for i, (folder, name) in enumerate(SHARDS)]
+    recipe = load_recipe("training/scenes_base.yaml", overrides)
+    assert isinstance(recipe, LanguageModelRecipe)
+    train(recipe)
 
 
 STAGES: dict[str, Callable[[Path], None]] = {
@@ -139,7 +130,6 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "llm": make_llm,
     "documents": make_documents,
     "base": make_base,
-    "binding": make_binding,
 }
 
 
@@ -155,7 +145,7 @@ def scores(out: Path) -> list[dict]:
     found = []
     prompts = text_to_image.load_prompts(source("validation_prompts.jsonl"))
     shown = load_rows(source("validation_captions.jsonl"), "caption")
-    for label, folder in (("new", out / "binding"), ("shipped", ASSETS / NAME)):
+    for label, folder in (("new", out / "base"), ("shipped", ASSETS / NAME)):
         if (folder / "unitok.json").is_file():
             model = load(folder)
             both = text_to_image.evaluate(model, prompts, decode=DRAW, batch_size=256)
@@ -166,14 +156,13 @@ def scores(out: Path) -> list[dict]:
 
 def install(out: Path) -> Path:
     """Copy the base over the shipped folder: what inference needs, the logs that made it, and what it reached."""
-    target, base = ASSETS / NAME, out / "binding"
+    target, base = ASSETS / NAME, out / "base"
     found = read_json(out / "scores.json")["scores"]
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in sorted(base.iterdir()):
         if file.is_file():
             shutil.copyfile(file, target / file.name)
-    shutil.copyfile(out / "base" / "log.jsonl", target / "log_base.jsonl")
     shutil.copytree(base / "image_tokenizers", target / "image_tokenizers")
     shutil.copyfile(out / "tokenizer" / "training" / "report.json", target / "tokenizer_report.json")
     seconds = {stage: read_json(out / f"{stage}.done")["seconds"] for stage in STAGES}
