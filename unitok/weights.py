@@ -39,9 +39,9 @@ README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
 downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml`. The
-base has seen pictures with captions and read sentences, never a question, and never
-a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair. `log.jsonl` is the base's training
-log, `tokenizer_report.json` is the tokenizer's.
+base has seen pictures with captions and read sentences, never a question, and never a held-out (shape, colour) pair;
+the tokenizer has seen pictures of every pair. `log.jsonl` is the base's training log, `tokenizer_report.json` the
+tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 
@@ -51,10 +51,7 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-SHARDS = (  # (folder of scenes, file), in the order of the recipes
-    ("data", "train_draw"), ("data", "train_describe"), ("data", "train_texts"), ("two", "train_draw"),
-    ("two", "train_describe"),
-)  # fmt: skip
+SHARDS = ("train_draw", "train_describe", "train_texts")
 
 
 def make_eyes(out: Path) -> None:
@@ -108,17 +105,16 @@ def make_documents(out: Path) -> None:
     from unitok.data.shards import summary_line, tokenize
 
     write_scenes(out / "data", pictures=DOCUMENTS, captions=2, texts=6000, seed=1)
-    write_scenes(out / "two", setting="two", pictures={"train": DOCUMENTS["train"]}, captions=2, seed=3)
-    for folder, name in SHARDS:
-        summary = tokenize(out / folder / f"{name}.jsonl", out / "tokenizer", out / "shards" / folder / name, name=NAME)
-        print(f"{folder}/{name}: {summary_line(summary)}")
+    for name in SHARDS:
+        summary = tokenize(out / "data" / f"{name}.jsonl", out / "tokenizer", out / "shards" / name, name=NAME)
+        print(f"{name}: {summary_line(summary)}")
 
 
 def make_base(out: Path) -> None:
     from unitok.training.language_model import train
 
     overrides = [f"model={out / 'expanded'}", f"out={out / 'base'}"]
-    overrides += [f"data.{i}.shards={out / 'shards' / folder / name}" for i, (folder, name) in enumerate(SHARDS)]
+    overrides += [f"data.{i}.shards={out / 'shards' / name}" for i, name in enumerate(SHARDS)]
     recipe = load_recipe("training/scenes_base.yaml", overrides)
     assert isinstance(recipe, LanguageModelRecipe)
     train(recipe)

@@ -1,6 +1,6 @@
 """Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
 
-    python -m unitok.data.scene_files OUT [--setting demo|full|two] [--pictures N ...]
+    python -m unitok.data.scene_files OUT [--setting demo|full] [--pictures N ...]
 
     images/SPLIT/*.png
     eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model

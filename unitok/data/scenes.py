@@ -85,8 +85,7 @@ class Setting:
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
-TWO = Setting(counts=(0.0, 1.0))
-SETTINGS = {"demo": DEMO, "full": FULL, "two": TWO}
+SETTINGS = {"demo": DEMO, "full": FULL}
 
 
 # ---------------------------------------------------------------- drawing

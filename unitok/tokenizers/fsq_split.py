@@ -10,9 +10,9 @@ Plain codes hold one value for every combination of outline and colour, and a la
 Here a red circle is the outline of any circle and the red of any square, as the luma and chroma planes of video are
 kept apart, and coarser for colour. It suits pictures of things on a ground; photographs have little to gain.
 
-Shapes: B images, H x W pixels, h x w structure positions (H / 4, W / 4), n colour blocks (h / 2) (w / 2), N = 5 n
-tokens: block by block, its colour and then its four structure codes. A language model that draws an outline finds the
-colour that it belongs to, and by it the word for its shape, always right before.
+Shapes: B images, H x W pixels, h x w structure positions (H / 4, W / 4), colour positions (h / 2, w / 2), N tokens:
+the colour codes row by row, then the structure codes. Colours first: a language model lays out what its prompt names
+before it draws an outline, and each outline finds the word of its thing by the colour in its place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARM_UP = (300, 900)  # steps between which smoothness sets in: at once it would
 
 
 class SplitFSQTokenizer(ImageTokenizer):
-    """(image_size / 8)^2 blocks of a colour code (codebook 1) and four structure codes (codebook 0).
+    """(image_size / 8)^2 colour codes (codebook 1), then (image_size / 4)^2 structure codes (codebook 0).
 
     Args:
         image_size: pixels per side; a multiple of 8.
@@ -75,13 +75,14 @@ class SplitFSQTokenizer(ImageTokenizer):
 
     def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
         self.check_grid(grid)
-        return torch.tensor([1, 0, 0, 0, 0]).repeat((self.image_size // 8) ** 2)
+        side = self.image_size // 8
+        return torch.cat([torch.ones(side * side, dtype=torch.int64), torch.zeros(4 * side * side, dtype=torch.int64)])
 
     def encode(self, images: Tensor) -> Tensor:
         # the quantizers in float32: half precision would move values across the borders of the levels
         _, structure = self.quantizer(self.encoder(grey_structure(images)).float())  # int32 [B, h, w]
         _, colour = self.colour_quantizer(self.colour_encoder(spread_colour(images)).float())
-        return _blocks(structure[:, None], colour[:, None])[..., 0].long()  # [B, N]
+        return torch.cat([colour.flatten(1), structure.flatten(1)], dim=1).long()  # [B, N]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         structure, colour = self._vectors(codes)
@@ -89,9 +90,8 @@ class SplitFSQTokenizer(ImageTokenizer):
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """[B, N, D]: structure values in the first channels or colour values in the last, the others 0."""
-        structure, colour = self._vectors(codes)
-        a, b = structure.shape[1], colour.shape[1]
-        return _blocks(F.pad(structure, (0, 0, 0, 0, 0, b)), F.pad(colour, (0, 0, 0, 0, a, 0)))
+        structure, colour = (x.flatten(2).transpose(1, 2) for x in self._vectors(codes))  # [B, M, a], [B, M / 4, b]
+        return torch.cat([F.pad(colour, (structure.shape[2], 0)), F.pad(structure, (0, colour.shape[2]))], dim=1)
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels and their slopes, the grey picture from structure alone, and smoothness of both codes."""
@@ -122,21 +122,14 @@ class SplitFSQTokenizer(ImageTokenizer):
 
     def _vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized values [B, a, h, w] and [B, b, h / 2, w / 2]."""
-        side = self.image_size // 8
-        blocks = codes.view(-1, side, side, 5)
-        structure = blocks[..., 1:].unflatten(-1, (2, 2)).transpose(2, 3).reshape(-1, 2 * side, 2 * side)
-        first = self.quantizer.indices_to_codes(structure)
-        second = self.colour_quantizer.indices_to_codes(blocks[..., 0])
+        side = self.image_size // 4
+        colour, structure = codes.split([side * side // 4, side * side], dim=1)
+        first = self.quantizer.indices_to_codes(structure.unflatten(1, (side, side)))
+        second = self.colour_quantizer.indices_to_codes(colour.unflatten(1, (side // 2, side // 2)))
         return first.to(self.dtype), second.to(self.dtype)
 
     def _pixels(self, structure: Tensor, colour: Tensor) -> Tensor:
         return self.decoder(torch.cat([structure, self.colour_up(colour)], dim=1))  # [B, 3, H, W] around [-1, 1]
-
-
-def _blocks(structure: Tensor, colour: Tensor) -> Tensor:
-    """[B, C, h, w] and [B, C, h / 2, w / 2] -> [B, N, C]: of each block the colour, then four structure positions."""
-    four = structure.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # [B, C, h / 2, w / 2, 4]
-    return torch.cat([colour[..., None], four], dim=-1).flatten(2).transpose(1, 2)
 
 
 def _encoder(channels: int, block: int, width: int, out: int) -> nn.Sequential:
