@@ -20,7 +20,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(compile(code, "README.md", "exec"), names := {})
-    assert (tmp_path / "drawn.png").is_file() and names["codes"].shape == (1, 64)
+    assert (tmp_path / "drawn.png").is_file() and names["codes"].shape == (1, 80)
 
 
 def test_the_commands_exist():

@@ -20,6 +20,7 @@ from unitok.checkpoint import read_json, write_atomic, write_json
 
 GRID_PROMPTS = 8
 SHOWN_QUESTIONS = 12
+SHOTS_MATTER = 0.03  # of the score, lost with permuted answers
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { margin-top: 2em; font-size: 1.2em; border-bottom: 1px solid #ddd }
@@ -90,10 +91,10 @@ def _shots_line(scores: Sequence[dict]) -> str:
     zero, four = by_name["vqa_0shot"], by_name["vqa_4shot"]
     permuted = four["baselines"]["permuted_shots"]
     gain, loss = four["value"] - zero["value"], four["value"] - permuted
-    verdict = "do not matter much: the questions need no example" if max(abs(gain), abs(loss)) < 0.03 else "matter"
+    verdict = "matters" if loss >= SHOTS_MATTER else "does not matter"
     return (
-        f"Shots {verdict}: four of them change the score by {100 * gain:+.1f} points, and giving them wrong answers "
-        f"takes {100 * loss:.1f} points away."
+        f"What shots say {verdict}: giving four of them the answers of one another takes {100 * loss:.1f} points away; "
+        f"having them at all changes the score by {100 * gain:+.1f} points."
     )
 
 
