@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from unitok.nn.blocks import fit_batch_norm
 from unitok.tokenizers.base import tokenizer_section
 from unitok.tokenizers.fsq_split import SplitFSQTokenizer, grey_structure, spread_colour
 
@@ -44,13 +45,17 @@ def test_structure_codes_do_not_see_colour_and_colour_codes_do():
 
 def test_what_stands_elsewhere_does_not_change_the_codes_of_a_thing():
     tokenizer = make(image_size=32).eval()
+    noise = torch.rand(16, 3, 32, 32)
+    fit_batch_norm(tokenizer.encoder, grey_structure(noise))
+    fit_batch_norm(tokenizer.colour_encoder, spread_colour(noise))
     one, two = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
     one[:, :, 8:16, 8:16] = two[:, :, 8:16, 8:16] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     two[:, :, 18:26, 8:16] = 1.0  # brighter, two pixels below
-    colour, structure = (x.view(2, side, side) for x, side in zip(
-        tokenizer.encode(torch.cat([one, two])).split([16, 64], dim=1), (4, 8), strict=True
-    ))  # fmt: skip
-    assert torch.equal(structure[0, :4], structure[1, :4]) and torch.equal(colour[0, :2], colour[1, :2])
+    colour, structure = tokenizer.encode(torch.cat([one, two])).split([16, 64], dim=1)
+    for codes, side in ((colour, 4), (structure, 8)):
+        above, below = codes.view(2, side, side).chunk(2, dim=1)
+        assert torch.equal(above[0], above[1]) and not torch.equal(below[0], below[1])
+        assert len(above.unique()) > 1  # the thing is there
 
 
 def test_every_code_has_a_vector_of_its_own():

@@ -36,6 +36,12 @@ def pixel_losses(error: Tensor, target: Tensor, edge_weight: float) -> tuple[Ten
     return pixels, variation(error)
 
 
+@torch.no_grad()
+def psnr(error: Tensor) -> Tensor:
+    """dB of a whole batch, a scalar; error of pixels in [-1, 1]."""
+    return 10 * torch.log10(4 / error.square().mean().clamp_min(1e-10))  # 4: the range of 2, squared
+
+
 def variation(x: Tensor) -> Tensor:
     """Mean absolute difference of neighbours, down plus across; x: [B, C, H, W]."""
     return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
 
-from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variation
+from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, psnr, variation
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 MOST_CODES = 2**20  # beyond, the quantizer's float32 arithmetic mixes codes up
@@ -124,9 +124,8 @@ class FSQTokenizer(ImageTokenizer):
         quantized, _ = self.quantizer(self.encoder(target))
         error = self.decoder(quantized) - target  # [B, 3, H, W]
         pixels, slopes = pixel_losses(error, target, self.edge_weight)
-        psnr = 10 * torch.log10(4 / error.detach().square().mean().clamp_min(1e-10))  # 4: the range of 2, squared
         rough = variation(quantized)
-        parts = {"pixels": pixels, "slopes": slopes, "variation": rough, "psnr": psnr}
+        parts = {"pixels": pixels, "slopes": slopes, "variation": rough, "psnr": psnr(error)}
         return pixels + slopes + self.smoothness * rough, {name: part.detach() for name, part in parts.items()}
 
     @classmethod

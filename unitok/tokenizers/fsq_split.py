@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
 
-from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, variation
+from unitok.nn.blocks import ResidualBlock, fit_batch_norm, pixel_losses, psnr, variation
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 NEARBY = 3  # pixels: the window whose farthest pixel counts as 1
@@ -107,9 +107,8 @@ class SplitFSQTokenizer(ImageTokenizer):
         ramp = min(1.0, max(0, step - first) / (last - first))
         rough, blotchy = variation(structure), variation(colour)
         total = pixels + slopes + outlines + ramp * (self.smoothness * rough + self.colour_smoothness * blotchy)
-        psnr = 10 * torch.log10(4 / error.detach().square().mean().clamp_min(1e-10))  # 4: the range of 2, squared
         parts = {"pixels": pixels, "slopes": slopes, "outlines": outlines, "variation": rough,
-                 "colour_variation": blotchy, "psnr": psnr}  # fmt: skip
+                 "colour_variation": blotchy, "psnr": psnr(error)}  # fmt: skip
         return total, {name: part.detach() for name, part in parts.items()}
 
     @classmethod
