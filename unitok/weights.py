@@ -34,7 +34,6 @@ LLAMA: dict[str, Any] = {  # 1 M parameters; a width of 192 was worse at equal s
     "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 TEMPLATE: dict[str, Any] = {"question": "{question} ", "answer": "{answer}", "shot_separator": "\n", "separator": "\n"}
-DRAW = {"guidance": 1.5, "temperature": 0.7}
 README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
@@ -131,6 +130,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
 
 def scores(out: Path) -> list[dict]:
     """Scores of the base in `out` and, where there is one, of the shipped base, on the same validation scenes."""
+    from unitok.demo import DRAW
     from unitok.eval import captions, text_to_image
     from unitok.eval.rows import load_rows
     from unitok.model import load

@@ -127,3 +127,15 @@ def test_condition():
         len(Condition(texts=["a"], vectors=torch.zeros(2, 1, 1)))
     with pytest.raises(ValueError, match="empty"):
         len(Condition())
+
+
+def test_what_a_detokenizer_lacks_is_named():
+    class Bare(Detokenizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Bare does not define tiny\(\)"):
+        Bare.tiny()
+    with pytest.raises(NotImplementedError, match=r"Bare does not define loss\(\)"):
+        Bare().loss(torch.zeros(1, 3, 8, 8), None, 0)
+    with pytest.raises(NotImplementedError, match=r"Bare does not define generate\(\)"):
+        Bare().generate(None, seeds=[0])

@@ -325,3 +325,17 @@ def test_unreadable_files_are_named(tmp_path):
 def test_pixels_survive_the_way_to_a_tensor_and_back():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
     assert to_pil(to_tensor(picture)).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["grid()", "encode(torch.zeros(1, 3, 8, 8))", "embed(torch.zeros(1, 4))", "loss({}, 0)", "tiny()"],
+)
+def test_what_a_tokenizer_lacks_is_named(call):
+    class Bare(ImageTokenizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match=rf"Bare does not define {call.partition('(')[0]}\(\)"):
+        eval(f"bare.{call}", {"bare": Bare(), "torch": torch})
+    with pytest.raises(NotImplementedError, match="Bare has no decode.* detokenizer"):
+        Bare().decode(torch.zeros(1, 4))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unitok import checkpoint
 from unitok.manifest import Manifest
-from unitok.nn.pretrained import Pretrained, read_section
+from unitok.nn.pretrained import Pretrained, lacking, read_section
 
 
 @dataclass
@@ -93,16 +93,16 @@ class Detokenizer(Pretrained):
         negative: Condition | None = None,
     ) -> Tensor:
         """One seed an image -> float [B, 3, H, W] in [0, 1]."""
-        raise NotImplementedError
+        raise lacking(self, "generate")
 
     def loss(self, images: Tensor, condition: Condition, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """images float [B, 3, H, W] in [0, 1] -> (scalar, dict of detached scalars)."""
-        raise NotImplementedError
+        raise lacking(self, "loss")
 
     @classmethod
     def tiny(cls) -> Detokenizer:
         """A small one for tests: no network, seconds on one core."""
-        raise NotImplementedError
+        raise lacking(cls, "tiny")
 
     def check_condition(self, condition: Condition) -> None:
         """ValueError unless the condition has a part this detokenizer takes, well formed."""

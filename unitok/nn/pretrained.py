@@ -80,12 +80,12 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         return {**found, "assets": assets} if assets else found
 
     def manifest(self) -> Manifest:
-        raise NotImplementedError
+        raise lacking(self, "manifest")
 
     @staticmethod
     def section_of(manifest: Manifest) -> dict[str, Any] | None:
         """The section that describes the one model of a folder; None if there is not exactly one."""
-        raise NotImplementedError
+        raise lacking(Pretrained, "section_of")
 
     def save_pretrained(
         self,
@@ -165,3 +165,9 @@ def _compare(path: Path, expected: str | None, found: str) -> None:
             f"{path} is damaged, changed or from another model: its hash is {found[:12]}, unitok.json "
             f"says {(expected or 'nothing')[:12]}"
         )
+
+
+def lacking(owner: Any, method: str) -> NotImplementedError:
+    """What a contract's method raises where a class has none of its own."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return NotImplementedError(f"{kind.__name__} does not define {method}()")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unitok import checkpoint
 from unitok.manifest import Manifest
-from unitok.nn.pretrained import Pretrained, read_section
+from unitok.nn.pretrained import Pretrained, lacking, read_section
 
 FITS = ("squash", "crop")
 STRIP = 16  # longer side over shorter side, beyond which a picture is cropped before it is scaled
@@ -49,7 +49,7 @@ class ImageTokenizer(Pretrained):
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """The grid of an image of height x width pixels (default: image_size). ValueError for an impossible size."""
-        raise NotImplementedError
+        raise lacking(self, "grid")
 
     def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
         """int64 [N]: the index of the codebook that token j is drawn from."""
@@ -61,15 +61,15 @@ class ImageTokenizer(Pretrained):
 
     def encode(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] in [0, 1] -> int64 [B, N]; deterministic in eval mode."""
-        raise NotImplementedError
+        raise lacking(self, "encode")
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """int64 [B, N] -> float [B, 3, H, W] in [0, 1]; deterministic in eval mode."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decode(): its codes need a detokenizer")
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """int64 [B, N] -> float [B, M, D]: what a detokenizer is conditioned on."""
-        raise NotImplementedError
+        raise lacking(self, "embed")
 
     def to_text(self, codes: Tensor) -> list[str]:
         """int64 [B, N] -> B texts; only where `vocabulary` is "text"."""
@@ -80,7 +80,7 @@ class ImageTokenizer(Pretrained):
 
         Where a stage needs texts, they are in batch["texts"].
         """
-        raise NotImplementedError
+        raise lacking(self, "loss")
 
     def critic(self) -> nn.Module | None:
         """The adversary: a module with its own loss(batch, step); None where training has none."""
@@ -89,7 +89,7 @@ class ImageTokenizer(Pretrained):
     @classmethod
     def tiny(cls) -> ImageTokenizer:
         """A small one for tests: no network, seconds on one core."""
-        raise NotImplementedError
+        raise lacking(cls, "tiny")
 
     def check_grid(self, grid: tuple[int, ...] | None) -> tuple[int, ...]:
         """`grid` as a tuple (None: the grid at image_size). ValueError where this tokenizer cannot have it."""
