@@ -4,7 +4,8 @@
     tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
-    base         training/scenes_base.yaml: full training of that model on them
+    base         full training of that model on them, in three steps, each on the model of the step before:
+                 training/scenes_base_words.yaml, training/scenes_base_lattice.yaml, training/scenes_base.yaml
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -15,7 +16,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,20 +31,23 @@ from unitok.data.scene_files import vocabulary_text, write_scenes
 
 NAME = "scenes"  # builtin:scenes, and the image tokenizer's name in it
 EYES = 30_000
-DOCUMENTS = {"train": 40_000, "validation": 400, "test": 500}
+DOCUMENTS = {"lattice": 20_000, "base": 60_000}  # training pictures by setting
+SCORED = 400  # validation pictures
 TEXT_ROWS = 460
 LLAMA: dict[str, Any] = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    "initializer_range": 0.06, "rope_theta": 500.0,  # for 128 channels and 200 positions: defaults are for large models
 }  # fmt: skip
 TEMPLATE: dict[str, Any] = {"question": "{question} ", "answer": "{answer}", "shot_separator": "\n", "separator": "\n"}
 README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
-downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base.yaml`. The
-base has seen pictures with captions and read sentences, never a question, and never a held-out (shape, colour) pair;
-the tokenizer has seen pictures of every pair. `log.jsonl` is the base's training log, `tokenizer_report.json` the
-tokenizer's.
+downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base_words.yaml`,
+`training/scenes_base_lattice.yaml` and `training/scenes_base.yaml`, each on the model of the one before. The base has
+seen pictures with captions and statements and read sentences, never a question, and never a held-out (shape, colour)
+pair; the tokenizer has seen pictures of every pair. `log.jsonl` is the log of the base's last step,
+`tokenizer_report.json` the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 
@@ -50,7 +57,8 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-SHARDS = ("train_draw", "train_describe", "train_texts")
+SHARDS = ("train_draw", "train_choices", "train_describe", "train_facts", "train_told", "train_texts")
+STEPS = ("words", "lattice", "base")
 
 
 def make_eyes(out: Path) -> None:
@@ -103,20 +111,30 @@ def write_llm(out: Path, seed: int = 0) -> None:
 def make_documents(out: Path) -> None:
     from unitok.data.shards import summary_line, tokenize
 
-    write_scenes(out / "data", pictures=DOCUMENTS, captions=2, texts=6000, seed=1)
-    for name in SHARDS:
-        summary = tokenize(out / "data" / f"{name}.jsonl", out / "tokenizer", out / "shards" / name, name=NAME)
-        print(f"{name}: {summary_line(summary)}")
+    write_scenes(out / "data", pictures={"validation": SCORED}, seed=1)
+    for setting, pictures in DOCUMENTS.items():
+        folder = out / "documents" / setting
+        write_scenes(folder, setting=setting, pictures={"train": pictures}, captions=2, texts=20_000, seed=2)
+        for name in SHARDS:
+            summary = tokenize(folder / f"{name}.jsonl", out / "tokenizer", out / "shards" / setting / name, name=NAME)
+            print(f"{setting} {name}: {summary_line(summary)}")
 
 
 def make_base(out: Path) -> None:
-    from unitok.training.language_model import train
-
-    overrides = [f"model={out / 'expanded'}", f"out={out / 'base'}"]
-    overrides += [f"data.{i}.shards={out / 'shards' / name}" for i, name in enumerate(SHARDS)]
-    recipe = load_recipe("training/scenes_base.yaml", overrides)
-    assert isinstance(recipe, LanguageModelRecipe)
-    train(recipe)
+    """Two processes of one thread each: a fifth faster than one of two on two cores."""
+    model = out / "expanded"
+    for step in STEPS:
+        file = f"training/scenes_{'base' if step == 'base' else 'base_' + step}.yaml"
+        recipe = load_recipe(file)
+        assert isinstance(recipe, LanguageModelRecipe)
+        target = out / ("base" if step == STEPS[-1] else f"base_{step}")
+        changes = [f"model={model}", f"out={target}"]
+        for i, source in enumerate(recipe.data):
+            changes.append(f"data.{i}.shards={out / 'shards' / '/'.join(Path(str(source.shards)).parts[-2:])}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "unitok", "train", file, *changes]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        model = target
 
 
 STAGES: dict[str, Callable[[Path], None]] = {

@@ -17,6 +17,7 @@ from unitok.data.scenes import (
     GAP,
     HELD_OUT,
     KINDS,
+    LATTICE,
     NUMBERS,
     OPPOSITE,
     PAIRS,
@@ -25,12 +26,15 @@ from unitok.data.scenes import (
     SIZES,
     TRAIN_PAIRS,
     Claim,
+    Question,
     Scene,
     Setting,
     Thing,
     all_captions,
     answer,
+    choice,
     claims,
+    facts,
     phrasings,
     questions,
     radius,
@@ -40,6 +44,7 @@ from unitok.data.scenes import (
     render_scene,
     satisfies,
     stamp,
+    statement,
 )
 
 WORDS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -79,10 +84,11 @@ def test_everything_occurs(name, setting):
     for i, share in enumerate(setting.counts):
         assert np.mean([len(s.things) == i + 1 for s in scenes]) == pytest.approx(share, abs=0.04)
     assert len(SHAPES) >= 4 and len(COLOURS) >= 6 and len(SIZES) >= 2 and len(PAIRS) == 24
-    # free positions: every whole pixel at which a small thing fits, in both directions
+    # every whole pixel (of the lattice, if there is one) at which a small thing fits, in both directions
     edge = int(np.ceil(radius("small"))) + 1
     for axis in ("x", "y"):
-        assert {getattr(t, axis) for t in things if t.size == "small"} == set(range(edge, 32 - edge + 1))
+        where = {v for v in range(edge, 32 - edge + 1) if v % setting.step == 0}
+        assert {getattr(t, axis) for t in things if t.size == "small"} == where
 
 
 @pytest.mark.parametrize("image_size", [32, 48, 64])
@@ -167,6 +173,45 @@ def test_no_training_question_or_caption_names_a_held_out_pair():
             assert not q.names & HELD_OUT
             texts.append(q.text)
         assert not any(name in text for text in texts for name in spelled)
+
+
+def test_statements_are_true_and_name_no_held_out_pair():
+    rng = np.random.default_rng(6)
+    spelled = {f"{colour} {shape}" for shape, colour in HELD_OUT}
+    kinds = set()
+    for scene in draw(400, FULL, pairs=TRAIN_PAIRS):
+        said = facts(scene, rng, n=4)
+        assert "?" not in said and not any(name in said for name in spelled)
+        abouts = {"colour": [(x,) for x in SHAPES], "shape": [(x,) for x in COLOURS], "yes/no": [(p,) for p in PAIRS]}
+        abouts["count"] = [(), *((x,) for x in (*SHAPES, *COLOURS))]
+        names = [name for t in scene.things for name in (t.pair, t.shape, t.colour)]
+        abouts["relation"] = list(itertools.permutations(set(names), 2))
+        true = {
+            statement(Question(kind, "", reply, about)).replace(", seen", " seen")
+            for kind, of_kind in abouts.items()
+            for about in of_kind
+            if (reply := answer(scene, kind, about))
+        }
+        assert set(said.rstrip(".").replace(", seen", " seen").split(", ")) <= true
+        kinds |= {q.kind for q in questions(scene, rng) if statement(q) in said}
+        assert "seen from" not in facts(scene, rng, n=9, relations=False)
+    assert kinds == set(KINDS)
+    assert statement(Question("count", "", "two", ("cross",))) == "there are two crosses"
+    assert statement(Question("yes/no", "", "no", (("cross", "red"),))) == "there is no red cross"
+
+
+def test_of_a_choice_the_colour_alone_says_which_it_is():
+    rng = np.random.default_rng(7)
+    for shape, colour in TRAIN_PAIRS * 10:
+        options = [o.split() for o in choice(Thing(shape, colour, "small", 9, 9), rng, TRAIN_PAIRS).split(" or ")]
+        assert 2 <= len(options) <= 4 and ["a", colour, shape] in options
+        assert len({c for _, c, _ in options}) == len(options)
+        assert all((s, c) in TRAIN_PAIRS and (s != shape or c == colour) for _, c, s in options)
+
+
+def test_a_step_puts_centres_on_a_lattice():
+    things = [t for scene in draw(100, LATTICE) for t in scene.things]
+    assert all(t.x % 4 == t.y % 4 == 0 for t in things) and len({(t.x, t.y) for t in things}) == 25
 
 
 # ---- captions

@@ -1,6 +1,6 @@
 """Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
 
-    python -m unitok.data.scene_files OUT [--setting demo|full] [--pictures N ...]
+    python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice] [--pictures N ...]
 
     images/SPLIT/*.png
     eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model
@@ -10,6 +10,9 @@
     train_questions.jsonl        {"image", "question", "answers", ...}
     train_shots.jsonl            {"messages": [...]}: interleaved documents of 1 to 5 pictures with a question each
     train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
+    train_told.jsonl             {"parts": [text without loss, text]}      a caption, then what is true if it is
+    train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
+    train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     SPLIT_captions.jsonl         {"image", "captions": every true caption}      SPLIT: validation, test
     SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
     SPLIT_prompts.jsonl          {"prompt", "claim", "image"}: to draw; the claim is what a judge checks
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ from unitok.data.scenes import (
     Scene,
     Setting,
     all_captions,
+    choice,
+    facts,
     questions,
     random_caption,
     random_scene,
@@ -75,7 +81,9 @@ def write_scenes(
     """Write the folder; nothing is done where it stands already, made by the same arguments.
 
     pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
-    texts: sentences without pictures. Raises ValueError where `out` holds scenes made by other arguments.
+    texts: sentences without pictures, and as many captions with what follows from them; where there are any, also the
+    statements and choices about the training pictures that a base model learns from.
+    Raises ValueError where `out` holds scenes made by other arguments.
     """
     out = Path(out)
     pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
@@ -90,7 +98,7 @@ def write_scenes(
     if setting not in SETTINGS:
         raise ValueError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
     base = SETTINGS[setting]
-    drawn_as = Setting(base.counts, base.backgrounds, image_size)
+    drawn_as = replace(base, image_size=image_size)
 
     for index, (split, limits) in enumerate(SPLITS.items()):
         rng = np.random.default_rng([seed, index])
@@ -128,9 +136,14 @@ def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts
     if shots:
         _write(out / "train_shots.jsonl", (_shot_row(names, asked, rng) for _ in range(shots)))
     if texts:
-        _write(
-            out / "train_texts.jsonl", ({"parts": [{"type": "text", "text": t}]} for t in _texts(texts, rng, setting))
-        )
+        _write(out / "train_texts.jsonl", ({"parts": [_text(t)]} for t in _texts(texts, rng, setting)))
+        _write(out / "train_told.jsonl", (_told_row(rng, setting) for _ in range(texts)))
+        shown = [(name, scene) for name, scene in zip(names, scenes, strict=True) for _ in range(captions)]
+        rows = ({"parts": [_image(n, loss=False), _text(facts(s, rng))]} for n, s in shown)
+        _write(out / "train_facts.jsonl", rows)
+        single = [(name, scene.things[0]) for name, scene in shown if len(scene.things) == 1]
+        rows = (_ordered_row(name, choice(thing, rng, TRAIN_PAIRS), "text") for name, thing in single)
+        _write(out / "train_choices.jsonl", rows)
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:
@@ -150,11 +163,25 @@ def _write_scored(out, split: str, scenes, names, rng) -> None:
 def _ordered_row(name: str, text: str, first: str) -> dict:
     """Caption and picture in one order. The caption of a picture to draw is not learnt. A picture that comes first is:
     pictures without a prompt are the other half of classifier-free guidance."""
-    parts: list[dict[str, Any]] = [{"type": "text", "text": text}, {"type": "image", "image": name}]
-    parts.sort(key=lambda part: part["type"] != first)
     if first == "text":
-        parts[0]["loss"] = False
-    return {"parts": parts}
+        return {"parts": [_text(text, loss=False), _image(name)]}
+    return {"parts": [_image(name), _text(text)]}
+
+
+def _text(text: str, **more: Any) -> dict:
+    return {"type": "text", "text": text, **more}
+
+
+def _image(name: str, **more: Any) -> dict:
+    return {"type": "image", "image": name, **more}
+
+
+def _told_row(rng: np.random.Generator, setting: Setting) -> dict:
+    """A caption of two or three things and statements that follow from it: what words say about each other."""
+    scene = random_scene(rng, replace(setting, counts=(0.0, 0.5, 0.5)), TRAIN_PAIRS)
+    caption, claim = random_caption(scene, rng)
+    said = facts(scene, rng, n=4, relations=bool(claim.relations) and len(scene.things) == 2)
+    return {"parts": [_text(caption + ":", loss=False), _text(" " + said)]}
 
 
 def _question_row(name: str, q: Question, scene: Scene) -> dict:
@@ -166,7 +193,7 @@ def _shot_row(names: list[str], asked: list[list[Question]], rng: np.random.Gene
     messages = []
     for i in rng.choice(len(names), int(rng.integers(1, MAX_SHOTS + 2)), replace=False):
         q = asked[i][int(rng.integers(len(asked[i])))]
-        content = [{"type": "image", "image": names[i]}, {"type": "text", "text": q.text}]
+        content = [_image(names[i]), _text(q.text)]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": q.answer}]
     return {"messages": messages}
 

@@ -76,16 +76,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Setting:
-    """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things."""
+    """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things.
+
+    step: centres stand on multiples of it, in pixels of the picture; 1 leaves them free.
+    """
 
     counts: tuple[float, ...] = (0.5, 0.5)
     backgrounds: tuple[str, ...] = ("black", "white")
     image_size: int = REFERENCE_SIZE
+    step: int = 1
 
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
-SETTINGS = {"demo": DEMO, "full": FULL}
+BASE = Setting(counts=(0.35, 0.65))
+LATTICE = Setting(counts=(0.35, 0.65), step=4)
+SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE}
 
 
 # ---------------------------------------------------------------- drawing
@@ -167,7 +173,9 @@ def random_scene(
         for shape, colour in chosen:
             size = ("small", "large")[int(rng.integers(2))]
             edge = int(np.ceil(radius(size, n))) + 1
-            x, y = (int(v) for v in rng.integers(edge, n - edge + 1, 2))
+            x, y = (
+                int(v) * setting.step for v in rng.integers(-(-edge // setting.step), (n - edge) // setting.step + 1, 2)
+            )
             things.append(Thing(shape, colour, size, x, y))
         if all(_apart(a, b, n) for a, b in itertools.combinations(things, 2)) and all(
             relation(a, b) for a, b in itertools.pairwise(things)
@@ -376,6 +384,47 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
             out.append(pick(valid))
     kept = [q for q in out if q]
     return [kept[i] for i in rng.permutation(len(kept))]
+
+
+def statement(q: Question) -> str:
+    """What a question and its answer say, asking nothing."""
+    if q.kind == "colour":
+        return f"the {q.about[0]} is {q.answer}"
+    if q.kind == "shape":
+        return f"the {q.about[0]} object is a {q.answer}"
+    if q.kind == "count":
+        noun = _noun(q.about[0]) if q.about else "object"
+        many = "" if q.answer == NUMBERS[1] else "es" if noun.endswith("s") else "s"
+        return f"there {'are' if many else 'is'} {q.answer} {noun}{many}"
+    if q.kind == "yes/no":
+        return f"there is {'a' if q.answer == 'yes' else 'no'} {_noun(q.about[0])}"
+    return f"the {_noun(q.about[0])} is {q.answer}, seen from the {_noun(q.about[1])}"
+
+
+def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = True) -> str:
+    """Up to n true statements in random order, most of them about which thing has which colour and shape.
+
+    None names a held-out pair, not even one that is absent; relations: whether they may say where a thing is.
+    """
+    asked = {q.text: q for q in questions(scene, rng) if relations or q.kind != "relation"}
+    for t in scene.things:
+        for q in (_ask(scene, "colour", (t.shape,)), _ask(scene, "shape", (t.colour,))):
+            if q:
+                asked[q.text] = q
+    found = list(asked.values())
+    return ", ".join(statement(found[i]) for i in rng.permutation(len(found))[:n]) + "."
+
+
+def choice(thing: Thing, rng: np.random.Generator, pairs: tuple = PAIRS) -> str:
+    """A caption that leaves open which of two to four pairs there is. No two share the colour, and the others have
+    another shape: the colour alone says which one a picture shows, and so which shape it has to have."""
+    options = [thing.pair]
+    n = int(rng.integers(2, 5))
+    for i in rng.permutation(len(pairs)):
+        shape, colour = pairs[i]
+        if len(options) < n and shape != thing.shape and colour not in [c for _, c in options]:
+            options.append(pairs[i])
+    return " or ".join(_name((*options[i], None)) for i in rng.permutation(len(options)))
 
 
 def swap_background(scene: Scene, background: str) -> Scene:

@@ -1,0 +1,64 @@
+"""The folder of scenes: what is in it, and that no training file names a held-out pair or asks where none may."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unitok.data.scene_files import write_scenes
+from unitok.data.scenes import HELD_OUT
+
+SPELLED = {f"{colour} {shape}" for shape, colour in HELD_OUT}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    return write_scenes(out, setting="base", pictures={"train": 80, "test": 4}, captions=2, shots=20, texts=60)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_no_training_file_names_a_held_out_pair(folder):
+    files = sorted(p.stem for p in folder.glob("train_*.jsonl"))
+    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "facts", "questions", "shots",
+                                            "texts", "told")]  # fmt: skip
+    for name in files:
+        text = (folder / f"{name}.jsonl").read_text()
+        assert text and not any(pair in text for pair in SPELLED), name
+        assert ("?" in text) == (name in ("train_questions", "train_shots")), name
+    assert any(pair in (folder / "test_prompts.jsonl").read_text() for pair in SPELLED)
+
+
+def test_what_is_given_is_not_learnt(folder):
+    for name, given in (("draw", "text"), ("choices", "text"), ("facts", "image"), ("told", "text")):
+        for row in rows(folder, f"train_{name}"):
+            first, second = row["parts"]
+            assert first["type"] == given and first["loss"] is False and second.get("loss", True)
+    assert all(part.get("loss", True) for row in rows(folder, "train_describe") for part in row["parts"])
+
+
+def test_choices_are_about_pictures_of_one_thing(folder):
+    captions = {}
+    for row in rows(folder, "train_captions"):
+        captions.setdefault(row["image"], []).append(row["text"])
+    found = rows(folder, "train_choices")
+    assert found
+    for row in found:
+        text, image = row["parts"][0]["text"], row["parts"][1]["image"]
+        options = [o.removeprefix("a ") for o in text.split(" or ")]
+        said = " ".join(captions[image]).replace("small ", "").replace("large ", "")
+        assert sum(option in said for option in options) == 1 and " and " not in said
+
+
+def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder):
+    before = (folder / "train_told.jsonl").stat().st_mtime_ns
+    same = {"setting": "base", "pictures": {"train": 80, "test": 4}, "captions": 2, "shots": 20, "texts": 60}
+    assert write_scenes(folder, **same) == folder and (folder / "train_told.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="with texts = 60, not 5"):
+        write_scenes(folder, **{**same, "texts": 5})
+    with pytest.raises(ValueError, match="unknown setting 'cubes'"):
+        write_scenes(folder / "x", setting="cubes")
