@@ -51,11 +51,20 @@ def test_what_stands_elsewhere_does_not_change_the_codes_of_a_thing():
     one, two = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
     one[:, :, 8:16, 8:16] = two[:, :, 8:16, 8:16] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     two[:, :, 18:26, 8:16] = 1.0  # brighter, two pixels below
-    colour, structure = tokenizer.encode(torch.cat([one, two])).split([16, 64], dim=1)
-    for codes, side in ((colour, 4), (structure, 8)):
-        above, below = codes.view(2, side, side).chunk(2, dim=1)
+    codes = tokenizer.encode(torch.cat([one, two]))  # colours, then the structure of each block's upper left, and so on
+    for turn in codes.view(2, 5, 4, 4).unbind(1):
+        above, below = turn.chunk(2, dim=1)
         assert torch.equal(above[0], above[1]) and not torch.equal(below[0], below[1])
         assert len(above.unique()) > 1  # the thing is there
+
+
+def test_structure_stands_at_a_constant_distance_behind_its_colour():
+    tokenizer = make(image_size=32).eval()
+    codes = torch.zeros(1, 80, dtype=torch.int64)
+    codes[0, 16 + 5] = codes[0, 64 + 5] = 4  # upper left and lower right of the block in row 1, column 1
+    structure, colours = tokenizer._vectors(codes)
+    changed = (structure != structure[..., :1, :1]).any(1)[0].nonzero().tolist()
+    assert changed == [[2, 2], [3, 3]] and colours.shape == (1, 2, 4, 4)
 
 
 def test_every_code_has_a_vector_of_its_own():

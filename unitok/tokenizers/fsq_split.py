@@ -11,8 +11,9 @@ Here a red circle is the outline of any circle and the red of any square, as the
 kept apart, and coarser for colour. It suits pictures of things on a ground; photographs have little to gain.
 
 Shapes: B images, H x W pixels, h x w structure positions (H / 4, W / 4), colour positions (h / 2, w / 2), N tokens:
-the colour codes row by row, then the structure codes. Colours first: a language model lays out what its prompt names
-before it draws an outline, and each outline finds the word of its thing by the colour in its place.
+the colour codes row by row, then the structure codes in four turns, each one code of every 8 x 8 block, row by row.
+Colours first: a language model lays out what its prompt names before it draws an outline, and each outline finds the
+word of its thing by the colour in its place, which stands as many tokens before it wherever the thing is.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class SplitFSQTokenizer(ImageTokenizer):
         # the quantizers in float32: half precision would move values across the borders of the levels
         _, structure = self.quantizer(self.encoder(grey_structure(images)).float())  # int32 [B, h, w]
         _, colour = self.colour_quantizer(self.colour_encoder(spread_colour(images)).float())
-        return torch.cat([colour.flatten(1), structure.flatten(1)], dim=1).long()  # [B, N]
+        return torch.cat([colour.flatten(1), _by_turns(structure)], dim=1).long()  # [B, N]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         structure, colour = self._vectors(codes)
@@ -90,7 +91,8 @@ class SplitFSQTokenizer(ImageTokenizer):
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """[B, N, D]: structure values in the first channels or colour values in the last, the others 0."""
-        structure, colour = (x.flatten(2).transpose(1, 2) for x in self._vectors(codes))  # [B, M, a], [B, M / 4, b]
+        rows, colour = self._vectors(codes)
+        structure, colour = _by_turns(rows).transpose(1, 2), colour.flatten(2).transpose(1, 2)  # [B, M, a], [B, M/4, b]
         return torch.cat([F.pad(colour, (structure.shape[2], 0)), F.pad(structure, (0, colour.shape[2]))], dim=1)
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,7 +125,7 @@ class SplitFSQTokenizer(ImageTokenizer):
         """Quantized values [B, a, h, w] and [B, b, h / 2, w / 2]."""
         side = self.image_size // 4
         colour, structure = codes.split([side * side // 4, side * side], dim=1)
-        first = self.quantizer.indices_to_codes(structure.unflatten(1, (side, side)))
+        first = self.quantizer.indices_to_codes(_by_rows(structure, side))
         second = self.colour_quantizer.indices_to_codes(colour.unflatten(1, (side // 2, side // 2)))
         return first.to(self.dtype), second.to(self.dtype)
 
@@ -146,6 +148,19 @@ def _decoder(channels: int, width: int, out: int) -> nn.Sequential:
         nn.ConvTranspose2d(width, half, 4, 2, 1), nn.SiLU(), nn.Conv2d(half, 4 * out, 3, padding=1),
         nn.PixelShuffle(2),
     )  # fmt: skip
+
+
+def _by_turns(rows: Tensor) -> Tensor:
+    """[..., h, w] -> [..., h * w]: the upper left code of every 8 x 8 block, then every upper right one, and so on."""
+    h, w = rows.shape[-2:]
+    blocks = rows.reshape(-1, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3)
+    return blocks.reshape(*rows.shape[:-2], h * w)
+
+
+def _by_rows(turns: Tensor, side: int) -> Tensor:
+    """The inverse of `_by_turns`: [B, side * side] -> [B, side, side]."""
+    blocks = turns.unflatten(1, (2, 2, side // 2, side // 2)).permute(0, 3, 1, 4, 2)
+    return blocks.reshape(-1, side, side)
 
 
 @torch.no_grad()
