@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from unitok.manifest import Manifest
 from unitok.nn.blocks import fit_batch_norm
-from unitok.tokenizers.base import tokenizer_section
+from unitok.tokenizers.base import load_tokenizer, tokenizer_section
 from unitok.tokenizers.fsq_split import SplitFSQTokenizer, grey_structure, spread_colour
 
 
@@ -102,6 +103,20 @@ def test_the_manifest_says_which_token_has_which_codebook():
     section = tokenizer_section(make())
     assert section["grid"] == [20] and section["codebook_sizes"] == [9, 12]
     assert section["token_codebook"] == [1] * 4 + [0] * 16
+
+
+@pytest.mark.parametrize("said", [{}, {"token_order": "by blocks"}])
+def test_codes_of_another_order_are_refused(tmp_path, said):
+    SplitFSQTokenizer.tiny().save_pretrained(tmp_path)
+    older = Manifest.load(tmp_path)
+    section = older.tokenizers["fsq_split"]
+    assert section.pop("token_order") == SplitFSQTokenizer.token_order
+    section.update(said)
+    with pytest.raises(ValueError, match=r"mismatch: tokenizers\.fsq_split\.token_order"):
+        Manifest.load(tmp_path).check(older)
+    older.save(tmp_path)
+    with pytest.raises(ValueError, match="codes stand in the order .* use the version of unitok that made it"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

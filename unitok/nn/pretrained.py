@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         """The section that describes the one model of a folder; None if there is not exactly one."""
         raise lacking(Pretrained, "section_of")
 
+    @classmethod
+    def check_section(cls, section: Mapping[str, Any], folder: Path) -> None:
+        """ValueError where the section of a folder says something of its numbers that this class does otherwise."""
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -125,6 +130,7 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         """
         folder = checkpoint.open_folder(pretrained_model_name_or_path, revision=revision)
         section = read_section(cls, folder)
+        cls.check_section(section, folder)
         config = checkpoint.read_json(folder / CONFIG)
         _compare(folder / CONFIG, section.get("config_hash"), checkpoint.config_hash(config))
         for name, digest in section.get("assets", {}).items():

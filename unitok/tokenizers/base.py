@@ -37,6 +37,7 @@ class ImageTokenizer(Pretrained):
     image_size: int
     resize: str = "squash-bicubic"
     codebook_sizes: tuple[int, ...]
+    token_order: str = "raster"  # another name where tokens come otherwise: it changes whenever the order does
     vocabulary: str = "codes"  # "codes": new rows in the LLM; "text": words, through to_text
     stages: tuple[str, ...] = ("main",)
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
@@ -154,6 +155,15 @@ class ImageTokenizer(Pretrained):
         sections = list(manifest.tokenizers.values())
         return sections[0] if len(sections) == 1 else None
 
+    @classmethod
+    def check_section(cls, section: Mapping[str, Any], folder: Path) -> None:
+        order = section.get("token_order", ImageTokenizer.token_order)
+        if order != cls.token_order:
+            raise ValueError(
+                f"{folder}: its codes stand in the order {order!r}, those of {cls.__name__} in {cls.token_order!r}; "
+                "use the version of unitok that made it, or train it again"
+            )
+
 
 def _checked_encode(method: Callable) -> Callable:
     @functools.wraps(method)
@@ -200,6 +210,7 @@ def tokenizer_section(tokenizer: ImageTokenizer) -> dict[str, Any]:
         "codebook_sizes": list(tokenizer.codebook_sizes),
         "grid": list(tokenizer.grid()),
         "vocabulary": tokenizer.vocabulary,
+        **({"token_order": tokenizer.token_order} if tokenizer.token_order != ImageTokenizer.token_order else {}),
         **({"token_codebook": tokenizer.token_codebook().tolist()} if len(tokenizer.codebook_sizes) > 1 else {}),
     }
 

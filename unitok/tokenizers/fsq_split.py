@@ -47,6 +47,8 @@ class SplitFSQTokenizer(ImageTokenizer):
         smoothness, colour_smoothness: weight of the mean difference of neighbouring quantized values.
     """
 
+    token_order = "colours, then structure in turns"
+
     def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (3, 3, 3),
                  colour_levels: Sequence[int] = (3, 3, 3, 3), edge_weight: float = 4.0, smoothness: float = 0.05,
                  colour_smoothness: float = 0.1, resize: str = "squash-bicubic"):  # fmt: skip
