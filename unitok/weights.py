@@ -57,8 +57,8 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-SHARDS = ("train_draw", "train_choices", "train_describe", "train_facts", "train_told", "train_texts")
-STEPS = ("words", "lattice", "base")
+RECIPES = ("training/scenes_base_words.yaml", "training/scenes_base_lattice.yaml", "training/scenes_base.yaml")
+HERE = Path("out/weights")  # where the recipes have everything
 
 
 def make_eyes(out: Path) -> None:
@@ -115,26 +115,35 @@ def make_documents(out: Path) -> None:
     for setting, pictures in DOCUMENTS.items():
         folder = out / "documents" / setting
         write_scenes(folder, setting=setting, pictures={"train": pictures}, captions=2, texts=20_000, seed=2)
-        for name in SHARDS:
-            summary = tokenize(folder / f"{name}.jsonl", out / "tokenizer", out / "shards" / setting / name, name=NAME)
-            print(f"{setting} {name}: {summary_line(summary)}")
+    for shards in sorted({shards for recipe in map(_recipe, RECIPES) for shards in _shards(recipe, out)}):
+        setting, name = shards.parts[-2:]
+        summary = tokenize(out / "documents" / setting / f"{name}.jsonl", out / "tokenizer", shards, name=NAME)
+        print(f"{setting} {name}: {summary_line(summary)}")
 
 
 def make_base(out: Path) -> None:
-    """Two processes of one thread each: a fifth faster than one of two on two cores."""
-    model = out / "expanded"
-    for step in STEPS:
-        file = f"training/scenes_{'base' if step == 'base' else 'base_' + step}.yaml"
-        recipe = load_recipe(file)
-        assert isinstance(recipe, LanguageModelRecipe)
-        target = out / ("base" if step == STEPS[-1] else f"base_{step}")
-        changes = [f"model={model}", f"out={target}"]
-        for i, source in enumerate(recipe.data):
-            changes.append(f"data.{i}.shards={out / 'shards' / '/'.join(Path(str(source.shards)).parts[-2:])}")
+    """Two processes of one thread each: a fifth faster than one of two threads on two cores."""
+    for file in RECIPES:
+        recipe = _recipe(file)
+        changes = [f"model={_moved(recipe.model, out)}", f"out={_moved(recipe.out, out)}"]
+        changes += [f"data.{i}.shards={shards}" for i, shards in enumerate(_shards(recipe, out))]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command += ["-m", "unitok", "train", file, *changes]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        model = target
+
+
+def _recipe(file: str) -> LanguageModelRecipe:
+    recipe = load_recipe(file)
+    assert isinstance(recipe, LanguageModelRecipe)
+    return recipe
+
+
+def _shards(recipe: LanguageModelRecipe, out: Path) -> list[Path]:
+    return [_moved(source.shards, out) for source in recipe.data]
+
+
+def _moved(path: Any, out: Path) -> Path:
+    return out / Path(path).relative_to(HERE)
 
 
 STAGES: dict[str, Callable[[Path], None]] = {
@@ -202,7 +211,7 @@ def make(out: Path, only: list[str] | None = None) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded tokenizer and base LLM again.")
-    parser.add_argument("--out", type=Path, default=Path("out/weights"))
+    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--only", nargs="*", choices=[*STAGES, "scores"], help="these stages only")
     parser.add_argument("--install", action="store_true", help="make the result the shipped default")
     args = parser.parse_args()

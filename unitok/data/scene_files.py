@@ -142,7 +142,7 @@ def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts
         rows = ({"parts": [_image(n, loss=False), _text(facts(s, rng))]} for n, s in shown)
         _write(out / "train_facts.jsonl", rows)
         single = [(name, scene.things[0]) for name, scene in shown if len(scene.things) == 1]
-        rows = (_ordered_row(name, choice(thing, rng, TRAIN_PAIRS), "text") for name, thing in single)
+        rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
 
 

@@ -173,9 +173,8 @@ def random_scene(
         for shape, colour in chosen:
             size = ("small", "large")[int(rng.integers(2))]
             edge = int(np.ceil(radius(size, n))) + 1
-            x, y = (
-                int(v) * setting.step for v in rng.integers(-(-edge // setting.step), (n - edge) // setting.step + 1, 2)
-            )
+            first, last = -(-edge // setting.step), (n - edge) // setting.step
+            x, y = (int(v) * setting.step for v in rng.integers(first, last + 1, 2))
             things.append(Thing(shape, colour, size, x, y))
         if all(_apart(a, b, n) for a, b in itertools.combinations(things, 2)) and all(
             relation(a, b) for a, b in itertools.pairwise(things)
@@ -324,6 +323,11 @@ def _noun(name: str | tuple[str, str]) -> str:
     return name if name in SHAPES else f"{name} object"
 
 
+def _plural(about: tuple) -> str:
+    noun = _noun(about[0]) if about else "object"
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
 def _ask(scene: Scene, kind: str, about: tuple) -> Question | None:
     reply = answer(scene, kind, about)
     if reply is None:
@@ -333,8 +337,7 @@ def _ask(scene: Scene, kind: str, about: tuple) -> Question | None:
     elif kind == "shape":
         text = f"what shape is the {about[0]} object?"
     elif kind == "count":
-        text = "how many objects are there?" if not about else f"how many {_noun(about[0])}s are there?"
-        text = text.replace("crosss", "crosses")
+        text = f"how many {_plural(about)} are there?"
     elif kind == "yes/no":
         text = f"is there a {_noun(about[0])}?"
     else:
@@ -393,9 +396,9 @@ def statement(q: Question) -> str:
     if q.kind == "shape":
         return f"the {q.about[0]} object is a {q.answer}"
     if q.kind == "count":
-        noun = _noun(q.about[0]) if q.about else "object"
-        many = "" if q.answer == NUMBERS[1] else "es" if noun.endswith("s") else "s"
-        return f"there {'are' if many else 'is'} {q.answer} {noun}{many}"
+        if q.answer == NUMBERS[1]:
+            return f"there is one {_noun(q.about[0]) if q.about else 'object'}"
+        return f"there are {q.answer} {_plural(q.about)}"
     if q.kind == "yes/no":
         return f"there is {'a' if q.answer == 'yes' else 'no'} {_noun(q.about[0])}"
     return f"the {_noun(q.about[0])} is {q.answer}, seen from the {_noun(q.about[1])}"
@@ -415,7 +418,7 @@ def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = 
     return ", ".join(statement(found[i]) for i in rng.permutation(len(found))[:n]) + "."
 
 
-def choice(thing: Thing, rng: np.random.Generator, pairs: tuple = PAIRS) -> str:
+def choice(thing: Thing, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS) -> str:
     """A caption that leaves open which of two to four pairs there is. No two share the colour, and the others have
     another shape: the colour alone says which one a picture shows, and so which shape it has to have."""
     options = [thing.pair]
