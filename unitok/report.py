@@ -59,8 +59,8 @@ def _intro() -> str:
     pairs = ", ".join(f"{colour} {shape}" for shape, colour in sorted(HELD_OUT))
     return (
         "<h1>unitok demo</h1><p>A picture becomes codes, an ordinary language model reads and writes them beside text, "
-        "and pictures come back. The base model was trained on captions both ways, never on a question; this run tuned "
-        "it by LoRA and its image rows.</p>"
+        "and pictures come back. The base model was trained on captions both ways and on statements, never on a "
+        "question; this run tuned it by LoRA and its image rows.</p>"
         f"<p>{len(HELD_OUT)} of {len(PAIRS)} (shape, colour) pairs are held out of everything a language model is "
         f"trained on: {pairs}. Every scored picture holds one of them. The image tokenizer and the judge have seen "
         "pictures of every pair: they are the eyes and the instrument.</p>"
@@ -93,7 +93,8 @@ def _shots_line(scores: Sequence[dict]) -> str:
     gain, loss = four["value"] - zero["value"], four["value"] - permuted
     verdict = "matters" if loss >= SHOTS_MATTER else "does not matter"
     return (
-        f"What shots say {verdict}: giving four of them the answers of one another takes {100 * loss:.1f} points away; "
+        f"What shots say {verdict}: giving four of them the answers of one another changes the score by "
+        f"{-100 * loss:+.1f} points; "
         f"having them at all changes the score by {100 * gain:+.1f} points."
     )
 
