@@ -94,8 +94,7 @@ def _shots_line(scores: Sequence[dict]) -> str:
     verdict = "matters" if loss >= SHOTS_MATTER else "does not matter"
     return (
         f"What shots say {verdict}: giving four of them the answers of one another changes the score by "
-        f"{-100 * loss:+.1f} points; "
-        f"having them at all changes the score by {100 * gain:+.1f} points."
+        f"{-100 * loss:+.1f} points; having them at all, by {100 * gain:+.1f} points."
     )
 
 
