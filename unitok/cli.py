@@ -398,6 +398,7 @@ def ask(
     shots: Annotated[
         Path | None, Option("--shots", metavar="FILE.jsonl", help="Examples before it: image, question, answers.")
     ] = None,
+    guidance: Annotated[float, Option("--guidance", min=0, help="Of the answer, against no picture; 1 is none.")] = 1.0,
 ) -> None:
     """Answer a question about a picture."""
     from unitok.config import DataSource
@@ -408,7 +409,7 @@ def ask(
     shown = read_image(image)
     rows = load_rows([DataSource(path=str(shots))], "question") if shots else []
     examples = [{**with_picture(row), "answers": [consensus(row["answers"])]} for row in rows]
-    print(_open(model).answer(shown, question, examples))
+    print(_open(model).answer(shown, question, examples, guidance=guidance))
 
 
 @app.command()

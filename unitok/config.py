@@ -172,7 +172,7 @@ class EvaluationRecipe(Section):
     seed: int = 0
     shots: int = Field(0, ge=0)
     batch_size: Count = 16
-    guidance: float | tuple[float, float] = 1.0  # one scale, or (text, image)
+    guidance: float | tuple[float, float] = 1.0  # one scale; or, of pictures, (text, image)
     temperature: float | None = Field(None, ge=0)  # None: the task's own; questions and captions are greedy
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -193,6 +193,7 @@ class UnifiedModel:
         *,
         shots: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         max_new_tokens: int = ANSWER_TOKENS,
+        guidance: float = 1.0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -202,12 +203,14 @@ class UnifiedModel:
         """Batch form of `answer`. rows: {"image", "question"}; image: a file, a PIL picture, a list of them, or None.
 
         shots: for each row the exemplars before it. Greedy by default. A reply ends where a shot would end.
+        guidance: scale of the reply against the same prompt without its pictures (1: none; see `sampling/guidance.py`).
         """
         documents = [asked(row, shots[i] if shots else ()) for i, row in enumerate(rows)]
         self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
-            temperature=temperature, top_k=top_k, top_p=top_p, stop=self.template.shot_separator,
+            text_guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+            stop=self.template.shot_separator,
         )  # fmt: skip
         return [self._text(ids) for ids in made]
 
@@ -216,18 +219,19 @@ class UnifiedModel:
         images: Sequence[Any],
         *,
         max_new_tokens: int = TEXT_TOKENS,
+        guidance: float = 1.0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         batch_size: int = BATCH,
     ) -> list[str]:
-        """The text that follows a picture, for each picture; greedy by default."""
+        """The text that follows a picture, for each picture; greedy by default. guidance: see `answers`."""
         documents = [_pictures(image) for image in images]
         self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
-            temperature=temperature, top_k=top_k, top_p=top_p,
+            text_guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
         )  # fmt: skip
         return [self._text(ids) for ids in made]
 
@@ -292,6 +296,7 @@ class UnifiedModel:
         force_image: str | None = None,
         guidance: float | tuple[float, float] = 1.0,
         negative: str | None = None,
+        text_guidance: float = 1.0,
         stop: str = "",
         batch_size: int = BATCH,
         **choice: Any,
@@ -310,6 +315,7 @@ class UnifiedModel:
             image_nulls = [ids(null_parts(d, template, prompt=True)) for d in documents]
             if negative is not None:
                 nulls = [ids([text_part(negative)])] * len(documents)
+        blinds = [ids([p for p in d if p.type != "image"]) for d in documents] if text_guidance != 1 else None
         # draws depend on the prompt, not on its place among the others
         seeds = [_mix(seed, prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
         out: list[list[int]] = [[]] * len(prompts)
@@ -321,6 +327,7 @@ class UnifiedModel:
                 eos_ids=self._eos(stop), max_new_tokens=max_new_tokens, max_images=max_images, force_image=force_image,
                 null_prompts=[nulls[i] for i in some] if nulls else None,
                 image_null_prompts=[image_nulls[i] for i in some] if image_nulls else None,
+                blind_prompts=[blinds[i] for i in some] if blinds else None, text_guidance=text_guidance,
                 guidance=guidance, seeds=[seeds[i] for i in some], tokenizers=self._coded(), **choice,
             )  # fmt: skip
             for i, new in zip(some, made, strict=True):

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unitok.sampling.decode import generate_ids
-from unitok.sampling.guidance import branch_weights, mix
+from unitok.sampling.guidance import IMPLAUSIBLE, branch_weights, mix
 from unitok.vocab import JointVocab
 
 VOCAB = JointVocab(40).add("a", [24, 8], (3, 2))
@@ -109,6 +109,40 @@ def test_text_is_not_guided(lm):
     assert block == by_hand(lm, [prompt, [5]], lambda c, n: n + 4 * (c - n))
     assert len(after) == 22
     assert after == generate_ids(lm, [prompt + block], VOCAB, **{**given, "max_new_tokens": 22})[0]
+
+
+BLIND = [p[-1:] for p in PROMPTS[:-1]] + [[9, 9]]  # one ends otherwise than its prompt
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_text_guidance_is_two_forwards(lm, scale):
+    given = {"text_size": 37, "max_new_tokens": 9, "temperature": 0}
+    got = generate_ids(lm, PROMPTS, VOCAB, blind_prompts=BLIND, text_guidance=scale, **given)
+    assert got != generate_ids(lm, PROMPTS, VOCAB, **given)
+    for ids, prompt, blind in zip(got, PROMPTS, BLIND, strict=True):
+        rows, want = [list(prompt), list(blind)], []
+        for _ in ids:
+            logits = [lm(torch.tensor([row])).logits[0, -1, :37] for row in rows]
+            mixed = logits[1] + scale * (logits[0] - logits[1])
+            mixed[logits[0].softmax(0) < IMPLAUSIBLE * logits[0].softmax(0).max()] = -torch.inf
+            want.append(int(mixed.argmax()))
+            rows = [[*row, want[-1]] for row in rows]
+        assert ids == want
+
+
+def test_text_guidance_leaves_images_alone(lm):
+    """A row that opens an image at once has nothing to be blind to."""
+    given = {"text_size": 37, "max_images": 1, "max_new_tokens": 24, "temperature": 0}
+    prompt, blind = [5, 6, 7, VOCAB.images["a"].control["begin"]], [5, VOCAB.images["a"].control["begin"]]
+    plain = generate_ids(lm, [prompt], VOCAB, **given)[0]
+    guided = generate_ids(lm, [prompt], VOCAB, blind_prompts=[blind], text_guidance=4.0, **given)[0]
+    assert plain == guided
+
+
+def test_missing_blind_prompts(lm):
+    for given in (None, BLIND[:2], [[5], [6], []]):
+        with pytest.raises(ValueError, match="needs blind_prompts"):
+            generate_ids(lm, PROMPTS, VOCAB, blind_prompts=given, text_guidance=2.0, temperature=0, **COMMON)
 
 
 def test_missing_null_prompts(lm):

@@ -42,10 +42,13 @@ def batches(rows: Sequence[T], size: int, title: str) -> Iterator[Sequence[T]]:
 
 
 def decoding(recipe) -> dict[str, Any]:
-    """Decoding arguments of a recipe whose task is greedy by default."""
+    """Decoding arguments of a recipe whose task is text, greedy by default and guided only where it says so."""
+    if not isinstance(recipe.guidance, int | float):
+        raise ValueError(f"task {recipe.task} is guided by one scale, not by the pair {recipe.guidance}")
+    guided = {} if recipe.guidance == 1 else {"guidance": float(recipe.guidance)}
     if not recipe.temperature:
-        return {"temperature": 0.0}
-    return {"temperature": recipe.temperature, "top_k": recipe.top_k, "top_p": recipe.top_p}
+        return {"temperature": 0.0, **guided}
+    return {"temperature": recipe.temperature, "top_k": recipe.top_k, "top_p": recipe.top_p, **guided}
 
 
 def seeded(decode: Mapping[str, Any], seed: int, ids: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ The model is any object with
 
 rows: {"id", "image", "question"} (never the answers; image None in the no_image arm); shots: for every row its list of
 {"id", "image", "question", "answers": [one]}, in prompt order; an image is a path, a PIL image or a list of them;
-decode: max_new_tokens where the recipe gives it, temperature (0: greedy) and, above 0, top_k, top_p, seeds (one a row).
+decode: max_new_tokens and guidance (of the reply, against the same prompt without its pictures) where the recipe gives
+them, temperature (0: greedy) and, above 0, top_k, top_p, seeds (one a row).
 
 Baselines
     blind            the most frequent training answer of the very same question, else of all questions

@@ -18,7 +18,7 @@ from torch import nn
 
 from unitok.sampling.choose import Choice, choose, draw_keys
 from unitok.sampling.grammar import TEXT, Cursor, Grammar
-from unitok.sampling.guidance import BRANCHES, branch_weights, mix
+from unitok.sampling.guidance import BLIND, BRANCHES, branch_weights, mix, plausible
 from unitok.sampling.rows import Rows
 from unitok.vocab import JointVocab
 
@@ -40,7 +40,9 @@ def generate_ids(
     force_image: str | None | Sequence[str | None] = None,
     null_prompts: Sequence[Ids] | None = None,
     image_null_prompts: Sequence[Ids] | None = None,
+    blind_prompts: Sequence[Ids] | None = None,
     guidance: float | tuple[float, float] | Sequence[float | tuple[float, float]] = 1.0,
+    text_guidance: float = 1.0,
     temperature: float | tuple[float, float] = 1.0,
     top_k: int | tuple[int, int] = 0,
     top_p: float | tuple[float, float] = 1.0,
@@ -56,10 +58,11 @@ def generate_ids(
         ends where the model has no position left.
     force_image: the tokenizer whose block opens right after the prompt, for all rows or one each; it is given whatever
         max_images says, and counts. A prompt may also end inside a block, which is then completed.
-    guidance: of image codes only (text is never guided). A number, a pair (text, image), or a list with one of these a
-        row; 1 costs nothing. `null_prompts`, one a row, hold the prompt with everything dropped (or a negative prompt);
+    guidance: of image codes only. A number, a pair (text, image), or a list with one of these a row; 1 costs nothing. `null_prompts`, one a row, hold the prompt with everything dropped (or a negative prompt);
         `image_null_prompts`, for pairs, the prompt with its text dropped and its images kept. A branch sees its prompt
         and then the block of the current image.
+    text_guidance: of text only, in rows that begin with text. `blind_prompts`, one a row, hold the prompt with its images
+        dropped; 1 costs nothing.
     temperature (0: greedy), top_k (0: off), top_p (1: off): for all ids, or a pair (text, image codes).
     seeds: one a row; needed unless greedy.
     tokenizers: the names that may begin an image (default: all). grids: the grid of a name where it is not the default.
@@ -81,6 +84,8 @@ def generate_ids(
     _check_ids(begun, grammar.rows, positions, "prompt")
     _check_ids(branches[1], grammar.rows, positions - block, "null prompt")
     _check_ids(branches[2], grammar.rows, positions - block, "image null prompt")
+    blind = _blind(text_guidance, blind_prompts, begun)
+    _check_ids(blind, grammar.rows, positions - 1, "blind prompt")
     if seeds is None and not all(choice.greedy for choice in choices):
         raise ValueError("seeds are needed, one a row, unless the temperature is 0")
     if seeds is not None and len(seeds) != count:
@@ -94,7 +99,7 @@ def generate_ids(
     training = lm.training
     lm.eval()
     try:
-        return _Loop(lm, grammar, cursor, begun, first, weights, branches, choices, seeds).run()
+        return _Loop(lm, grammar, cursor, begun, first, weights, branches, text_guidance, blind, choices, seeds).run()
     finally:
         lm.train(training)
 
@@ -111,12 +116,15 @@ class _Loop:
         first: np.ndarray,
         weights: np.ndarray,
         branches: Sequence[Sequence[np.ndarray]],
+        text_guidance: float,
+        blind: Sequence[np.ndarray],
         choices: Sequence[Choice],
         seeds: Sequence[int] | None,
     ):
         count, width = len(prompts), max(int(cursor.room.max()) + first.shape[1], 0)
         self.grammar, self.cursor, self.prompts = grammar, cursor, prompts
         self.weights, self.branches, self.choices = weights, branches, choices
+        self.text_guidance, self.blind = text_guidance, blind
         self.rows = Rows(lm, grammar.kinds)
         self.keys = draw_keys([0] * count if seeds is None else seeds, width).numpy()  # [B, width]
         # The last id of the prompt, then the new ids; all but the first `fed` of `count` wait to be fed.
@@ -137,12 +145,19 @@ class _Loop:
         prefixes = [prompt[: len(prompt) - 1 + fed] for prompt, fed in zip(self.prompts, self.fed, strict=True)]
         self._add(np.arange(len(prefixes)), 0, prefixes)
         self._add_branches(inside)
+        if len(self.blind):
+            self._add(
+                np.flatnonzero(~inside), BLIND, [b[:-1] for b, i in zip(self.blind, inside, strict=True) if not i]
+            )
         while not cursor.done.all():
             self._drop()
             live = ~cursor.done
             width = int((self.count - self.fed)[live].min())
             at = np.minimum(self.fed[self.owner, None] + np.arange(width), self.ids.shape[1] - 1)
-            last = self.rows.feed(self.ids[self.owner[:, None], at])
+            ids = self.ids[self.owner[:, None], at]
+            blind = np.flatnonzero((self.branch == BLIND) & (at[:, 0] == 0))
+            ids[blind, 0] = [self.blind[b][-1] for b in self.owner[blind]]  # a prompt without images may end otherwise
+            last = self.rows.feed(ids)
             self.fed[live] += width
             self._draw(last, live & (self.fed == self.count))
         return [ids[1:n].tolist() for ids, n in zip(self.ids, self.count, strict=True)]
@@ -164,13 +179,14 @@ class _Loop:
         self._add_branches(was_text & (self.cursor.state != TEXT))
 
     def _logits(self, last: torch.Tensor, which: np.ndarray, kind: int) -> torch.Tensor:
-        """Logits [n, K] of the requests `which`, guided inside images."""
+        """Logits [n, K] of the requests `which`, guided."""
         place = np.full(len(self.prompts), -1)
         place[which] = np.arange(len(which))
         at = np.full(len(self.prompts), -1)
         own = np.flatnonzero(self.branch == 0)
         at[self.owner[own]] = own
-        others = np.flatnonzero(self.alive & (self.branch > 0) & (place[self.owner] >= 0))
+        guiding = self.branch == BLIND if kind == TEXT else (self.branch > 0) & (self.branch < BLIND)
+        others = np.flatnonzero(self.alive & guiding & (place[self.owner] >= 0))
         index = np.concatenate([at[which], others])
         if len(index) < len(self.rows):
             last = last[torch.from_numpy(index).to(last.device)]
@@ -178,6 +194,11 @@ class _Loop:
         if not len(others):
             return logits
         owner, branch, n = self.owner[others], self.branch[others], len(which)
+        if kind == TEXT:
+            scale = torch.full((n,), 1.0)
+            scale[place[owner]] = self.text_guidance
+            parts = (torch.from_numpy(place[owner]), scale, torch.full((len(others),), 1 - self.text_guidance))
+            return plausible(logits[:n], mix(logits[:n], logits[n:], *(part.to(logits.device) for part in parts)))
         parts = (place[owner], self.weights[which, 0], self.weights[owner, branch])
         return mix(logits[:n], logits[n:], *(torch.from_numpy(part).to(logits.device) for part in parts))
 
@@ -208,7 +229,7 @@ class _Loop:
     def _drop(self) -> None:
         """Forget rows that are done, and branches whose image is."""
         done, text = self.cursor.done[self.owner], self.cursor.state[self.owner] == TEXT
-        self.alive &= ~done & ((self.branch == 0) | ~text)
+        self.alive &= ~done & ((self.branch == 0) | (self.branch == BLIND) | ~text)
         dead = len(self.alive) - int(self.alive.sum())
         if dead * DROP_AT >= len(self.alive) and dead:
             keep = np.flatnonzero(self.alive)
@@ -229,6 +250,17 @@ def _branches(weights: np.ndarray, given: Sequence, count: int, wanted: bool) ->
         else:
             out.append([np.asarray(p, np.int64).reshape(-1) for p in prompts])
     return out
+
+
+def _blind(scale: float, given: Sequence | None, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The blind prompts, or [] where they are not needed."""
+    if not np.isfinite(scale):
+        raise ValueError(f"text_guidance is {scale}; expected a finite number (1: none)")
+    if scale == 1:
+        return []
+    if given is None or len(given) != len(prompts) or not all(map(len, given)):
+        raise ValueError("text_guidance needs blind_prompts, one a row, each with at least one id (1 needs none)")
+    return [np.asarray(p, np.int64).reshape(-1) for p in given]
 
 
 def _check_ids(prompts: Sequence[np.ndarray], rows: int, longest: int, what: str) -> None:
