@@ -31,7 +31,7 @@ from unitok.data.scene_files import vocabulary_text, write_scenes
 
 NAME = "scenes"  # builtin:scenes, and the image tokenizer's name in it
 EYES = 30_000
-DOCUMENTS = {"lattice": 16_000, "base": 50_000}  # training pictures by setting
+DOCUMENTS = {"lattice": 20_000, "base": 60_000}  # training pictures by setting
 SCORED = 400  # validation pictures
 TEXT_ROWS = 460
 LLAMA: dict[str, Any] = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
 
-from unitok.data.scene_files import ANNOUNCED, write_scenes
+from unitok.data.scene_files import write_scenes
 from unitok.data.scenes import HELD_OUT
 
 SPELLED = {f"{colour} {shape}" for shape, colour in HELD_OUT}
@@ -25,7 +24,7 @@ def rows(folder, name):
 
 def test_no_training_file_names_a_held_out_pair(folder):
     files = sorted(p.stem for p in folder.glob("train_*.jsonl"))
-    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "questions", "read", "shots",
+    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "facts", "questions", "shots",
                                             "texts", "told")]  # fmt: skip
     for name in files:
         text = (folder / f"{name}.jsonl").read_text()
@@ -35,26 +34,11 @@ def test_no_training_file_names_a_held_out_pair(folder):
 
 
 def test_what_is_given_is_not_learnt(folder):
-    for name, given in (("draw", "text"), ("choices", "text"), ("read", "image"), ("told", "text")):
+    for name, given in (("draw", "text"), ("choices", "text"), ("facts", "image"), ("told", "text")):
         for row in rows(folder, f"train_{name}"):
-            first, *_, last = row["parts"]
-            assert first["type"] == given and first["loss"] is False and last.get("loss", True)
+            first, second = row["parts"]
+            assert first["type"] == given and first["loss"] is False and second.get("loss", True)
     assert all(part.get("loss", True) for row in rows(folder, "train_describe") for part in row["parts"])
-
-
-def test_what_is_said_of_a_picture_stands_together(folder):
-    """Its captions as they are, its statements behind words without loss that announce them."""
-    read = rows(folder, "train_read")
-    captions = [(row["image"], row["text"]) for row in rows(folder, "train_captions")]
-    names = [row["parts"][0]["image"] for row in read]
-    assert len(list(itertools.groupby(names))) == len(set(names)) == 80
-    assert [
-        (n, row["parts"][1]["text"]) for n, row in zip(names, read, strict=True) if len(row["parts"]) == 2
-    ] == captions
-    for row in read:
-        if len(row["parts"]) == 3:
-            assert row["parts"][1] == {"type": "text", "text": ANNOUNCED, "loss": False}
-            assert row["parts"][2]["text"].startswith(" ")
 
 
 def test_choices_are_about_pictures_of_one_thing(folder):

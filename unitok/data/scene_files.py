@@ -11,7 +11,7 @@
     train_shots.jsonl            {"messages": [...]}: interleaved documents of 1 to 5 pictures with a question each
     train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
     train_told.jsonl             {"parts": [text without loss, text]}      a caption, then what is true if it is
-    train_read.jsonl             {"parts": [image without loss, text]}     captions and statements of a picture, by turns
+    train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     SPLIT_captions.jsonl         {"image", "captions": every true caption}      SPLIT: validation, test
     SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
@@ -58,8 +58,6 @@ from unitok.data.scenes import (
 
 DONE = "scenes.json"  # written last: the arguments that made the folder
 MAX_SHOTS = 4
-STATEMENTS = 6  # of a picture
-ANNOUNCED = "it is true that"
 SPLITS: dict[str, dict[str, Any]] = {  # which pairs a split shows; seeds differ by position
     "eyes": {},
     "train": {"pairs": TRAIN_PAIRS},
@@ -128,11 +126,7 @@ def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
 
 
 def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting) -> None:
-    captioned = [
-        (name, random_caption(scene, rng, setting.ordered)[0])
-        for scene, name in zip(scenes, names, strict=True)
-        for _ in range(captions)
-    ]
+    captioned = [(n, random_caption(s, rng)[0]) for s, n in zip(scenes, names, strict=True) for _ in range(captions)]
     _write(out / "train_captions.jsonl", ({"image": name, "text": text} for name, text in captioned))
     for file, first in (("train_draw.jsonl", "text"), ("train_describe.jsonl", "image")):
         _write(out / file, (_ordered_row(name, text, first) for name, text in captioned))
@@ -144,9 +138,11 @@ def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts
     if texts:
         _write(out / "train_texts.jsonl", ({"parts": [_text(t)]} for t in _texts(texts, rng, setting)))
         _write(out / "train_told.jsonl", (_told_row(rng, setting) for _ in range(texts)))
-        _write(out / "train_read.jsonl", _read_rows(scenes, names, captioned, rng))
-        single = [(name, scene.things[0]) for name, scene in zip(names, scenes, strict=True) if len(scene.things) == 1]
-        rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single for _ in range(captions))
+        shown = [(name, scene) for name, scene in zip(names, scenes, strict=True) for _ in range(captions)]
+        rows = ({"parts": [_image(n, loss=False), _text(facts(s, rng))]} for n, s in shown)
+        _write(out / "train_facts.jsonl", rows)
+        single = [(name, scene.things[0]) for name, scene in shown if len(scene.things) == 1]
+        rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
 
 
@@ -180,25 +176,12 @@ def _image(name: str, **more: Any) -> dict:
     return {"type": "image", "image": name, **more}
 
 
-def _read_rows(scenes, names, captioned, rng) -> Iterator[dict]:
-    """What there is to say about a picture, each by itself: its captions, and statements behind words that announce
-    one. Rows of a picture stand together, so that they can share it in training (`share_prefix`)."""
-    said: dict[str, list[str]] = {}
-    for name, caption in captioned:
-        said.setdefault(name, []).append(caption)
-    for name, scene in zip(names, scenes, strict=True):
-        for caption in said[name]:
-            yield {"parts": [_image(name, loss=False), _text(caption)]}
-        for fact in facts(scene, rng, STATEMENTS):
-            yield {"parts": [_image(name, loss=False), _text(ANNOUNCED, loss=False), _text(" " + fact)]}
-
-
 def _told_row(rng: np.random.Generator, setting: Setting) -> dict:
     """A caption of two or three things and statements that follow from it: what words say about each other."""
     scene = random_scene(rng, replace(setting, counts=(0.0, 0.5, 0.5)), TRAIN_PAIRS)
-    caption, claim = random_caption(scene, rng, setting.ordered)
-    said = facts(scene, rng, relations=bool(claim.relations) and len(scene.things) == 2)
-    return {"parts": [_text(caption + ":", loss=False), _text(f" {', '.join(said)}.")]}
+    caption, claim = random_caption(scene, rng)
+    said = facts(scene, rng, n=4, relations=bool(claim.relations) and len(scene.things) == 2)
+    return {"parts": [_text(caption + ":", loss=False), _text(" " + said)]}
 
 
 def _question_row(name: str, q: Question, scene: Scene) -> dict:
@@ -247,7 +230,7 @@ def _texts(n: int, rng: np.random.Generator, setting: Setting) -> Iterator[str]:
         elif kind == 5:
             yield f"{number} is how many objects there are where there are {number}."
         else:
-            yield random_caption(random_scene(rng, setting, TRAIN_PAIRS), rng, setting.ordered)[0]
+            yield random_caption(random_scene(rng, setting, TRAIN_PAIRS), rng)[0]
 
 
 def vocabulary_text(setting: str = "full", n: int = 4000, seed: int = 0) -> Iterator[str]:
@@ -260,7 +243,6 @@ def vocabulary_text(setting: str = "full", n: int = 4000, seed: int = 0) -> Iter
     for _ in range(n):
         scene = random_scene(rng, SETTINGS[setting], TRAIN_PAIRS)
         yield random_caption(scene, rng)[0]
-        yield f"{ANNOUNCED} {', '.join(facts(scene, rng))}."
         for q in questions(scene, rng):
             yield q.text
             yield q.answer

@@ -79,21 +79,18 @@ class Setting:
     """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things.
 
     step: centres stand on multiples of it, in pixels of the picture; 1 leaves them free.
-    ordered: share of captions that begin with the left or upper one of two things. At one half neither which is named
-        first nor the word between them says anything alone about where they are, and a small model finds neither.
     """
 
     counts: tuple[float, ...] = (0.5, 0.5)
     backgrounds: tuple[str, ...] = ("black", "white")
     image_size: int = REFERENCE_SIZE
     step: int = 1
-    ordered: float = 0.5
 
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
-BASE = Setting(counts=(0.35, 0.65), ordered=0.8)
-LATTICE = replace(BASE, step=4)
+BASE = Setting(counts=(0.35, 0.65))
+LATTICE = Setting(counts=(0.35, 0.65), step=4)
 SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE}
 
 
@@ -238,9 +235,6 @@ _BETWEEN = {
 }
 
 
-_PLACE = {"left": "on the left", "right": "on the right", "above": "above", "below": "below"}
-
-
 def phrasings(claim: Claim) -> list[str]:
     """All captions that say exactly this claim, things in its order."""
     names = [_name(t) for t in claim.things]
@@ -248,9 +242,6 @@ def phrasings(claim: Claim) -> list[str]:
         bodies = [names[0]]
         for name, r in zip(names[1:], claim.relations, strict=True):
             bodies = [f"{b} {word} {name}" for b in bodies for word in _BETWEEN[r]]
-        if len(names) == 2:
-            r = claim.relations[0]
-            bodies += [f"{_PLACE[r]} {names[0]}{word} {_PLACE[OPPOSITE[r]]} {names[1]}" for word in (",", " and")]
     else:
         bodies = [" and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]]
     ends = [f" on a {claim.background} background", f" on {claim.background}"] if claim.background else [""]
@@ -277,14 +268,10 @@ def claims(scene: Scene) -> list[Claim]:
     return out
 
 
-def random_caption(scene: Scene, rng: np.random.Generator, ordered: float = 0.5) -> tuple[str, Claim]:
-    """A caption and what it claims; two things out of three times carry their relation. ordered: see `Setting`."""
+def random_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
+    """A caption and what it claims; two things out of three times carry their relation."""
     options = claims(scene)
     weights = np.array([2.0 if c.relations or len(c.things) == 1 else 1.0 for c in options])
-    if len(scene.things) == 2:
-        by_pair = {t.pair: t for t in scene.things}
-        first = [relation(*(by_pair[thing[:2]] for thing in c.things)) in ("left", "above") for c in options]
-        weights *= np.where(first, ordered, 1 - ordered)
     claim = options[int(rng.choice(len(options), p=weights / weights.sum()))]
     texts = phrasings(claim)
     return texts[int(rng.integers(len(texts)))], claim
@@ -403,33 +390,32 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
 
 
 def statement(q: Question) -> str:
-    """What a question and its answer say, asking nothing; what has to be found out comes last."""
+    """What a question and its answer say, asking nothing."""
     if q.kind == "colour":
         return f"the {q.about[0]} is {q.answer}"
     if q.kind == "shape":
         return f"the {q.about[0]} object is a {q.answer}"
     if q.kind == "count":
-        return f"the number of {_plural(q.about)} is {q.answer}"
+        if q.answer == NUMBERS[1]:
+            return f"there is one {_noun(q.about[0]) if q.about else 'object'}"
+        return f"there are {q.answer} {_plural(q.about)}"
     if q.kind == "yes/no":
-        return f"a {_noun(q.about[0])} is {'there' if q.answer == 'yes' else 'missing'}"
-    return f"seen from the {_noun(q.about[1])}, the {_noun(q.about[0])} is {q.answer}"
+        return f"there is {'a' if q.answer == 'yes' else 'no'} {_noun(q.about[0])}"
+    return f"the {_noun(q.about[0])} is {q.answer}, seen from the {_noun(q.about[1])}"
 
 
-def facts(scene: Scene, rng: np.random.Generator, n: int = 4, relations: bool = True) -> list[str]:
-    """Up to n different true statements in random order.
+def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = True) -> str:
+    """Up to n true statements in random order, most of them about which thing has which colour and shape.
 
     None names a held-out pair, not even one that is absent; relations: whether they may say where a thing is.
     """
-    asked = [q for _ in range(3) for q in questions(scene, rng) if relations or q.kind != "relation"]
+    asked = {q.text: q for q in questions(scene, rng) if relations or q.kind != "relation"}
     for t in scene.things:
-        asked += [q for q in (_ask(scene, "colour", (t.shape,)), _ask(scene, "shape", (t.colour,))) if q]
-    found = list(dict.fromkeys(statement(q) for q in asked))
-    if relations and len(scene.things) == 2:
-        for a, b in itertools.permutations(scene.things):
-            side = relation(a, b)
-            place = f"the object {_PLACE[side]}" if side else ""
-            found += [f"{place} is {a.colour}", f"{place} is a {a.shape}"] if side else []
-    return [found[i] for i in rng.permutation(len(found))[:n]]
+        for q in (_ask(scene, "colour", (t.shape,)), _ask(scene, "shape", (t.colour,))):
+            if q:
+                asked[q.text] = q
+    found = list(asked.values())
+    return ", ".join(statement(found[i]) for i in rng.permutation(len(found))[:n]) + "."
 
 
 def choice(thing: Thing, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS) -> str:

@@ -58,11 +58,12 @@ def generate_ids(
         ends where the model has no position left.
     force_image: the tokenizer whose block opens right after the prompt, for all rows or one each; it is given whatever
         max_images says, and counts. A prompt may also end inside a block, which is then completed.
-    guidance: of image codes only. A number, a pair (text, image), or a list with one of these a row; 1 costs nothing. `null_prompts`, one a row, hold the prompt with everything dropped (or a negative prompt);
-        `image_null_prompts`, for pairs, the prompt with its text dropped and its images kept. A branch sees its prompt
-        and then the block of the current image.
-    text_guidance: of text only, in rows that begin with text. `blind_prompts`, one a row, hold the prompt with its images
-        dropped; 1 costs nothing.
+    guidance: of image codes only. A number, a pair (text, image), or a list with one of these a row; 1 costs nothing.
+        `null_prompts`, one a row, hold the prompt with everything dropped (or a negative prompt); `image_null_prompts`,
+        for pairs, the prompt with its text dropped and its images kept. A branch sees its prompt and then the block of
+        the current image.
+    text_guidance: of text only, in rows that begin with text; 1 costs nothing. `blind_prompts`, one a row, hold the
+        prompt with its images dropped.
     temperature (0: greedy), top_k (0: off), top_p (1: off): for all ids, or a pair (text, image codes).
     seeds: one a row; needed unless greedy.
     tokenizers: the names that may begin an image (default: all). grids: the grid of a name where it is not the default.
@@ -146,9 +147,8 @@ class _Loop:
         self._add(np.arange(len(prefixes)), 0, prefixes)
         self._add_branches(inside)
         if len(self.blind):
-            self._add(
-                np.flatnonzero(~inside), BLIND, [b[:-1] for b, i in zip(self.blind, inside, strict=True) if not i]
-            )
+            reading = np.flatnonzero(~inside)
+            self._add(reading, BLIND, [self.blind[row][:-1] for row in reading])
         while not cursor.done.all():
             self._drop()
             live = ~cursor.done

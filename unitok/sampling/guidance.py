@@ -9,9 +9,9 @@ dropped and its images kept. With logits c, n, i of these:
 A branch of weight 0 is never computed: scale 1 is the conditional branch alone. Mixing raw logits equals mixing
 log-probabilities up to a constant of the row.
 
-Text is guided by a branch of its own, 3, the prompt without its images: s c + (1 - s) b. What text says by habit, whatever
-the images show, is taken off (visual contrastive decoding, 2311.16922, with the images absent instead of noisy). Ids
-that the prompt itself makes improbable stay out (`plausible`), for among those a difference means nothing.
+Text is guided by a branch of its own, 3, the prompt without its images: b + s (c - b). What a text says by habit,
+whatever the images show, is taken off (visual contrastive decoding, 2311.16922, with the images absent instead of
+noisy). Ids that the prompt itself makes improbable stay out (`plausible`): differences among those mean nothing.
 """
 
 from __future__ import annotations

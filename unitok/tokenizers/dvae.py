@@ -97,7 +97,7 @@ class DVAETokenizer(ImageTokenizer):
         return F.embedding(codes, book.weight[:, :, 0, 0].T) + book.bias  # [B, h*w, C]
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
-        """(sum over pixels and colours of -ln p + weight * sum over positions of the divergence), a pixel and colour."""
+        """(-ln p summed over pixels and colours + weight * divergence summed over positions), a pixel and colour."""
         pixels = squeeze(batch["images"])
         logits = self.encoder(pixels).float()  # [B, V, h, w]
         tau, weight = self.schedules(step)
