@@ -148,7 +148,7 @@ class _Loop:
         self._add_branches(inside)
         if len(self.blind):
             reading = np.flatnonzero(~inside)
-            self._add(reading, BLIND, [self.blind[row][:-1] for row in reading])
+            self._add(reading, BLIND, [self.blind[row][:-1] for row in reading.tolist()])
         while not cursor.done.all():
             self._drop()
             live = ~cursor.done
@@ -197,8 +197,9 @@ class _Loop:
         if kind == TEXT:
             scale = torch.full((n,), 1.0)
             scale[place[owner]] = self.text_guidance
-            parts = (torch.from_numpy(place[owner]), scale, torch.full((len(others),), 1 - self.text_guidance))
-            return plausible(logits[:n], mix(logits[:n], logits[n:], *(part.to(logits.device) for part in parts)))
+            against = torch.full((len(others),), 1 - self.text_guidance)
+            blind = (torch.from_numpy(place[owner]), scale, against)
+            return plausible(logits[:n], mix(logits[:n], logits[n:], *(part.to(logits.device) for part in blind)))
         parts = (place[owner], self.weights[which, 0], self.weights[owner, branch])
         return mix(logits[:n], logits[n:], *(torch.from_numpy(part).to(logits.device) for part in parts))
 

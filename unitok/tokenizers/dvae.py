@@ -93,7 +93,7 @@ class DVAETokenizer(ImageTokenizer):
         return unsqueeze(location.float().sigmoid())
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        book = self.decoder.input
+        book: Any = self.decoder.input
         return F.embedding(codes, book.weight[:, :, 0, 0].T) + book.bias  # [B, h*w, C]
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
