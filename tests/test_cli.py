@@ -259,7 +259,9 @@ def test_sample_draws_what_the_model_draws(capsys, world, tmp_path):
 
 def test_ask_puts_shots_before_the_question(capsys, world, monkeypatch):
     asked, model = (world.data / "3.png", "is it small?"), load(world.model)
-    assert printed(capsys, "ask", world.model, *asked).rstrip("\n") == model.answer(*asked)
+    for guidance in (1, 4):
+        said = printed(capsys, "ask", world.model, *asked, "--guidance", guidance).rstrip("\n")
+        assert said == model.answer(*asked, guidance=guidance)
     row = {"image": "1.png", "question": "is it blue?", "answers": ["no", "yes", "yes"]}  # the most given one is shown
     (world.data / "shots.jsonl").write_text(json.dumps(row) + "\n")
     given, generate = [], unitok.model.generate_ids

@@ -60,6 +60,25 @@ def test_answers_do_not_depend_on_the_batch(model, pictures):
     assert model.answers([{"image": None, "question": "what colour is the cross?"}])  # the arm without a picture
 
 
+def test_text_guidance_is_against_the_prompt_without_its_pictures(model, pictures, monkeypatch):
+    rows = [{"image": image, "question": "what colour is the cross?"} for image in (pictures[0], None)]
+    given, generate = {}, unitok.model.generate_ids
+
+    def watched(lm, prompts, *more, **named):
+        given.update(named, prompts=prompts)
+        return generate(lm, prompts, *more, **named)
+
+    monkeypatch.setattr(unitok.model, "generate_ids", watched)
+    guided = model.answers(rows, guidance=3.0)
+    by_length = sorted(range(2), key=lambda i: -len(given["prompts"][i]))
+    with_picture, without = (given["prompts"][i].tolist() for i in by_length)
+    assert [given["blind_prompts"][i].tolist() for i in by_length] == [without, without] and without != with_picture
+    assert [given["text_guidance"][i] for i in by_length] == [3.0, 1.0]  # nothing to guide where there is no picture
+    assert guided[1:] == model.answers(rows[1:])
+    assert model.answers(rows, guidance=1.0) == model.answers(rows)
+    assert given["blind_prompts"] is None
+
+
 def test_the_prompt_of_a_question_is_the_prefix_of_its_training_document(model, pictures):
     from unitok.data.render import render
     from unitok.data.schema import parse_row

@@ -315,7 +315,10 @@ class UnifiedModel:
             image_nulls = [ids(null_parts(d, template, prompt=True)) for d in documents]
             if negative is not None:
                 nulls = [ids([text_part(negative)])] * len(documents)
-        blinds = [ids([p for p in d if p.type != "image"]) for d in documents] if text_guidance != 1 else None
+        blinds, scales = None, [1.0] * len(documents)
+        if text_guidance != 1:
+            blinds = [ids([p for p in d if p.type != "image"]) for d in documents]
+            scales = [text_guidance if len(b) < len(p) else 1.0 for b, p in zip(blinds, prompts, strict=True)]
         # draws depend on the prompt, not on its place among the others
         seeds = [_mix(seed, prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
         out: list[list[int]] = [[]] * len(prompts)
@@ -327,7 +330,8 @@ class UnifiedModel:
                 eos_ids=self._eos(stop), max_new_tokens=max_new_tokens, max_images=max_images, force_image=force_image,
                 null_prompts=[nulls[i] for i in some] if nulls else None,
                 image_null_prompts=[image_nulls[i] for i in some] if image_nulls else None,
-                blind_prompts=[blinds[i] for i in some] if blinds else None, text_guidance=text_guidance,
+                blind_prompts=[blinds[i] for i in some] if blinds else None,
+                text_guidance=[scales[i] for i in some],
                 guidance=guidance, seeds=[seeds[i] for i in some], tokenizers=self._coded(), **choice,
             )  # fmt: skip
             for i, new in zip(some, made, strict=True):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from unitok.config import make_recipe
 from unitok.eval import get, names
-from unitok.eval.progress import ReplyLog
+from unitok.eval.progress import ReplyLog, decoding
 from unitok.eval.rows import image_keys, load_rows, subset
 from unitok.eval.vqa import BASELINES, ShotSampler, TextPrior, evaluate
 
@@ -313,6 +313,16 @@ def test_a_recipe_over_files(tmp_path, capsys):
     assert "2 of 122 rows cannot be used" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown option 'mod'"):
         get("vqa").run(FromFiles(), recipe.model_copy(update={"options": {"mod": "official"}}))
+
+
+def test_guidance_of_a_recipe_reaches_the_model_as_one_scale():
+    def of(**given):
+        return decoding(make_recipe({"kind": "evaluation", "task": "vqa", **given}, "a recipe"))
+
+    assert of() == {"temperature": 0.0} and of(guidance=2) == {"temperature": 0.0, "guidance": 2.0}
+    assert of(guidance=2, temperature=0.5) == {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "guidance": 2.0}
+    with pytest.raises(ValueError, match=r"task vqa is guided by one scale, not by the pair \(3.0, 1.5\)"):
+        of(guidance=[3, 1.5])
 
 
 def test_the_folder_is_the_registry():

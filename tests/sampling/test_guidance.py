@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unitok.sampling.decode import generate_ids
-from unitok.sampling.guidance import IMPLAUSIBLE, branch_weights, mix
+from unitok.sampling.guidance import IMPLAUSIBLE, branch_weights, mix, plausible, text_weights
 from unitok.vocab import JointVocab
 
 VOCAB = JointVocab(40).add("a", [24, 8], (3, 2))
@@ -130,6 +130,42 @@ def test_text_guidance_is_two_forwards(lm, scale):
         assert ids == want
 
 
+def test_a_row_without_text_guidance_is_as_it_would_be_alone(lm):
+    """Among guided rows, sampled: neither its logits nor what it may draw changes."""
+    given = {"text_size": 37, "max_new_tokens": 20, "seeds": [1, 2, 3], "temperature": 3.0}
+    plain = generate_ids(lm, PROMPTS, VOCAB, **given)
+    mixed = generate_ids(lm, PROMPTS, VOCAB, blind_prompts=BLIND, text_guidance=[2.0, 1.0, 2.0], **given)
+    assert mixed[1] == plain[1] and mixed[0] != plain[0] and mixed[2] != plain[2]
+    cond, guided = torch.tensor([[5.0, 0.0]] * 2), torch.tensor([[1.0, 2.0]] * 2)
+    kept = plausible(cond, guided, torch.from_numpy(text_weights([1.0, 3.0], 2)[:, 0]))
+    assert kept.tolist() == [[1, 2], [1, -torch.inf]]
+
+
+def test_both_guidances_around_an_image(lm):
+    """Text, an image that the model itself begins, text: each guided by its own branches, as in separate forwards."""
+    begin = VOCAB.images["a"].control["begin"]
+    given = {"text_size": 37, "max_images": 1, "max_new_tokens": 24, "temperature": 0}
+    found = 0
+    for first in range(2, 30):
+        prompt, null, blind = [first, 9, 20], [first], [first, 20]
+        ids = generate_ids(lm, [prompt], VOCAB, blind_prompts=[blind], text_guidance=2.0, null_prompts=[null],
+                           guidance=3.0, **given)[0]  # fmt: skip
+        if begin not in ids:
+            continue
+        at, found = ids.index(begin), found + 1
+        block = by_hand(lm, [prompt + ids[:at], null], lambda c, n: n + 3 * (c - n))
+        assert ids[at : at + len(block)] == block
+        for i in [*range(at + 1), *range(at + len(block), len(ids))]:
+            cond, other = (lm(torch.tensor([row + ids[:i]])).logits[0, -1] for row in (prompt, blind))
+            allowed = [*range(37), *([begin] if i <= at and i + len(block) <= 24 else [])]
+            cond, other = cond[allowed], other[allowed]
+            mixed = (other + 2 * (cond - other)).masked_fill(
+                cond.softmax(0) < IMPLAUSIBLE * cond.softmax(0).max(), -torch.inf
+            )
+            assert ids[i] == allowed[int(mixed.argmax())]
+    assert found
+
+
 def test_text_guidance_leaves_images_alone(lm):
     """A row that opens an image at once has nothing to be blind to."""
     given = {"text_size": 37, "max_images": 1, "max_new_tokens": 24, "temperature": 0}
@@ -140,9 +176,17 @@ def test_text_guidance_leaves_images_alone(lm):
 
 
 def test_missing_blind_prompts(lm):
-    for given in (None, BLIND[:2], [[5], [6], []]):
-        with pytest.raises(ValueError, match="needs blind_prompts"):
+    bad = {
+        "this guidance needs blind_prompts": None,
+        "2 blind_prompts for 3": BLIND[:2],
+        "at least one id": [[5], [6], []],
+    }
+    for message, given in bad.items():
+        with pytest.raises(ValueError, match=message):
             generate_ids(lm, PROMPTS, VOCAB, blind_prompts=given, text_guidance=2.0, temperature=0, **COMMON)
+    for scale in (float("nan"), [1.0, 2.0]):
+        with pytest.raises(ValueError, match="expected a finite number, or one for each of 3 rows"):
+            text_weights(scale, 3)
 
 
 def test_missing_null_prompts(lm):

@@ -18,7 +18,7 @@ from torch import nn
 
 from unitok.sampling.choose import Choice, choose, draw_keys
 from unitok.sampling.grammar import TEXT, Cursor, Grammar
-from unitok.sampling.guidance import BLIND, BRANCHES, branch_weights, mix, plausible
+from unitok.sampling.guidance import BLIND, BRANCHES, branch_weights, mix, plausible, text_weights
 from unitok.sampling.rows import Rows
 from unitok.vocab import JointVocab
 
@@ -42,7 +42,7 @@ def generate_ids(
     image_null_prompts: Sequence[Ids] | None = None,
     blind_prompts: Sequence[Ids] | None = None,
     guidance: float | tuple[float, float] | Sequence[float | tuple[float, float]] = 1.0,
-    text_guidance: float = 1.0,
+    text_guidance: float | Sequence[float] = 1.0,
     temperature: float | tuple[float, float] = 1.0,
     top_k: int | tuple[int, int] = 0,
     top_p: float | tuple[float, float] = 1.0,
@@ -62,8 +62,8 @@ def generate_ids(
         `null_prompts`, one a row, hold the prompt with everything dropped (or a negative prompt); `image_null_prompts`,
         for pairs, the prompt with its text dropped and its images kept. A branch sees its prompt and then the block of
         the current image.
-    text_guidance: of text only, in rows that begin with text; 1 costs nothing. `blind_prompts`, one a row, hold the
-        prompt with its images dropped.
+    text_guidance: of text only, in rows that begin with text; for all rows or one each, 1 costs nothing.
+        `blind_prompts`, one a row, hold the prompt with its images dropped.
     temperature (0: greedy), top_k (0: off), top_p (1: off): for all ids, or a pair (text, image codes).
     seeds: one a row; needed unless greedy.
     tokenizers: the names that may begin an image (default: all). grids: the grid of a name where it is not the default.
@@ -74,10 +74,11 @@ def generate_ids(
         return []
     grammar = Grammar(vocab, text_size, eos_ids, tokenizers=tokenizers, grids=grids)
     forced = _per_row(force_image, count, "force_image")
-    weights = branch_weights(guidance, count)
+    weights = np.stack([text_weights(text_guidance, count), np.zeros((count, BRANCHES), np.float32)])  # [2, B, 4]
+    weights[1, :, :BLIND] = branch_weights(guidance if grammar.names else 1.0, count)
     texts_images = [_pair(x, name) for x, name in ((temperature, "temperature"), (top_k, "top_k"), (top_p, "top_p"))]
     choices = [Choice(*values) for values in zip(*texts_images, strict=True)]
-    branches = _branches(weights, [null_prompts, image_null_prompts], count, wanted=len(grammar.names) > 0)
+    branches = _branches(weights, [null_prompts, image_null_prompts, blind_prompts], count)
     for row, prompt in enumerate(begun):
         if not len(prompt) and forced[row] is None:
             raise ValueError(f"prompt {row} is empty: give it at least one id (BOS), or force an image")
@@ -85,22 +86,22 @@ def generate_ids(
     _check_ids(begun, grammar.rows, positions, "prompt")
     _check_ids(branches[1], grammar.rows, positions - block, "null prompt")
     _check_ids(branches[2], grammar.rows, positions - block, "image null prompt")
-    blind = _blind(text_guidance, blind_prompts, begun)
-    _check_ids(blind, grammar.rows, positions - 1, "blind prompt")
+    _check_ids(branches[BLIND], grammar.rows, positions, "blind prompt")
     if seeds is None and not all(choice.greedy for choice in choices):
         raise ValueError("seeds are needed, one a row, unless the temperature is 0")
     if seeds is not None and len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} prompts")
 
     room = np.array(_per_row(max_new_tokens, count, "max_new_tokens"), np.int64)
-    room = np.minimum(room, positions - np.array([len(p) for p in begun]))
+    longest = [max(map(len, own)) for own in zip(begun, branches[BLIND] or begun, strict=True)]
+    room = np.minimum(room, positions - np.array(longest))
     budget = np.array(_per_row(max_images, count, "max_images"), np.int64)
     cursor, first = grammar.start(begun, room, budget, forced)
 
     training = lm.training
     lm.eval()
     try:
-        return _Loop(lm, grammar, cursor, begun, first, weights, branches, text_guidance, blind, choices, seeds).run()
+        return _Loop(lm, grammar, cursor, begun, first, weights, branches, choices, seeds).run()
     finally:
         lm.train(training)
 
@@ -117,15 +118,12 @@ class _Loop:
         first: np.ndarray,
         weights: np.ndarray,
         branches: Sequence[Sequence[np.ndarray]],
-        text_guidance: float,
-        blind: Sequence[np.ndarray],
         choices: Sequence[Choice],
         seeds: Sequence[int] | None,
     ):
         count, width = len(prompts), max(int(cursor.room.max()) + first.shape[1], 0)
         self.grammar, self.cursor, self.prompts = grammar, cursor, prompts
         self.weights, self.branches, self.choices = weights, branches, choices
-        self.text_guidance, self.blind = text_guidance, blind
         self.rows = Rows(lm, grammar.kinds)
         self.keys = draw_keys([0] * count if seeds is None else seeds, width).numpy()  # [B, width]
         # The last id of the prompt, then the new ids; all but the first `fed` of `count` wait to be fed.
@@ -135,7 +133,7 @@ class _Loop:
         self.fed = np.zeros(count, np.int64)
         self._write(np.arange(count), first)
         self.owner = np.zeros(0, np.int64)  # [R] the request of each row
-        self.branch = np.zeros(0, np.int64)  # [R] 0 the request itself, 1 and 2 its guidance branches
+        self.branch = np.zeros(0, np.int64)  # [R] 0 the request itself, 1 to 3 its guidance branches
         self.alive = np.zeros(0, bool)  # [R]
 
     def run(self) -> list[list[int]]:
@@ -146,17 +144,18 @@ class _Loop:
         prefixes = [prompt[: len(prompt) - 1 + fed] for prompt, fed in zip(self.prompts, self.fed, strict=True)]
         self._add(np.arange(len(prefixes)), 0, prefixes)
         self._add_branches(inside)
-        if len(self.blind):
-            reading = np.flatnonzero(~inside)
-            self._add(reading, BLIND, [self.blind[row][:-1] for row in reading.tolist()])
+        self.weights[TEXT, inside] = text_weights(1.0, 1)  # the text behind its image has no blind branch
+        blind = np.flatnonzero(self.weights[TEXT, :, BLIND])
+        if len(blind):
+            self._add(blind, BLIND, [self.branches[BLIND][row][:-1] for row in blind.tolist()])
         while not cursor.done.all():
             self._drop()
             live = ~cursor.done
             width = int((self.count - self.fed)[live].min())
             at = np.minimum(self.fed[self.owner, None] + np.arange(width), self.ids.shape[1] - 1)
             ids = self.ids[self.owner[:, None], at]
-            blind = np.flatnonzero((self.branch == BLIND) & (at[:, 0] == 0))
-            ids[blind, 0] = [self.blind[b][-1] for b in self.owner[blind]]  # a prompt without images may end otherwise
+            for row in np.flatnonzero((self.branch == BLIND) & (self.fed[self.owner] == 0)).tolist():
+                ids[row, 0] = self.branches[BLIND][self.owner[row]][-1]  # a prompt without images may end otherwise
             last = self.rows.feed(ids)
             self.fed[live] += width
             self._draw(last, live & (self.fed == self.count))
@@ -185,7 +184,8 @@ class _Loop:
         at = np.full(len(self.prompts), -1)
         own = np.flatnonzero(self.branch == 0)
         at[self.owner[own]] = own
-        guiding = self.branch == BLIND if kind == TEXT else (self.branch > 0) & (self.branch < BLIND)
+        weights = self.weights[int(kind != TEXT)]  # [B, 4]
+        guiding = (self.branch > 0) & (weights[self.owner, self.branch] != 0)
         others = np.flatnonzero(self.alive & guiding & (place[self.owner] >= 0))
         index = np.concatenate([at[which], others])
         if len(index) < len(self.rows):
@@ -194,14 +194,10 @@ class _Loop:
         if not len(others):
             return logits
         owner, branch, n = self.owner[others], self.branch[others], len(which)
-        if kind == TEXT:
-            scale = torch.full((n,), 1.0)
-            scale[place[owner]] = self.text_guidance
-            against = torch.full((len(others),), 1 - self.text_guidance)
-            blind = (torch.from_numpy(place[owner]), scale, against)
-            return plausible(logits[:n], mix(logits[:n], logits[n:], *(part.to(logits.device) for part in blind)))
-        parts = (place[owner], self.weights[which, 0], self.weights[owner, branch])
-        return mix(logits[:n], logits[n:], *(torch.from_numpy(part).to(logits.device) for part in parts))
+        parts = (place[owner], weights[which, 0], weights[owner, branch])
+        rows, scales, other_scales = (torch.from_numpy(part).to(logits.device) for part in parts)
+        mixed = mix(logits[:n], logits[n:], rows, scales, other_scales)
+        return plausible(logits[:n], mixed, scales) if kind == TEXT else mixed
 
     def _write(self, which: np.ndarray, new: np.ndarray) -> None:
         """Append the ids of each row of `new` [n, F], padded with -1."""
@@ -217,8 +213,8 @@ class _Loop:
 
     def _add_branches(self, opened: np.ndarray) -> None:
         """Rows for the branches that the requests whose block just opened need; the block itself is fed with theirs."""
-        for branch in range(1, BRANCHES):
-            requests = np.flatnonzero(opened & (self.weights[:, branch] != 0))
+        for branch in range(1, BLIND):
+            requests = np.flatnonzero(opened & (self.weights[1, :, branch] != 0))
             prefixes = []
             for b in requests.tolist():
                 block = self.prompts[b][len(self.prompts[b]) - self.cursor.carried[b] :]  # what the prompt has of it
@@ -230,7 +226,8 @@ class _Loop:
     def _drop(self) -> None:
         """Forget rows that are done, and branches whose image is."""
         done, text = self.cursor.done[self.owner], self.cursor.state[self.owner] == TEXT
-        self.alive &= ~done & ((self.branch == 0) | (self.branch == BLIND) | ~text)
+        of_image = (self.branch > 0) & (self.branch < BLIND)
+        self.alive &= ~done & ~(of_image & text)
         dead = len(self.alive) - int(self.alive.sum())
         if dead * DROP_AT >= len(self.alive) and dead:
             keep = np.flatnonzero(self.alive)
@@ -238,30 +235,22 @@ class _Loop:
             self.owner, self.branch, self.alive = self.owner[keep], self.branch[keep], self.alive[keep]
 
 
-def _branches(weights: np.ndarray, given: Sequence, count: int, wanted: bool) -> list[list[np.ndarray]]:
-    """[nothing, null prompts, image null prompts], each with one array a row, or empty where no row needs it."""
+def _branches(weights: np.ndarray, given: Sequence, count: int) -> list[list[np.ndarray]]:
+    """[nothing, null, image null, blind prompts], each with one array a row, or empty where no row needs it."""
     out: list[list[np.ndarray]] = [[]]
-    for branch, (name, prompts) in enumerate(zip(("null_prompts", "image_null_prompts"), given, strict=True), start=1):
-        if not (wanted and weights[:, branch].any()):
+    names = ("null_prompts", "image_null_prompts", "blind_prompts")
+    for branch, (name, prompts) in enumerate(zip(names, given, strict=True), start=1):
+        if not weights[:, :, branch].any():
             out.append([])
         elif prompts is None:
             raise ValueError(f"this guidance needs {name}, one a row (guidance 1 needs none)")
         elif len(prompts) != count:
             raise ValueError(f"{len(prompts)} {name} for {count} prompts")
+        elif branch == BLIND and not all(map(len, prompts)):
+            raise ValueError("each of blind_prompts needs at least one id (BOS)")
         else:
             out.append([np.asarray(p, np.int64).reshape(-1) for p in prompts])
     return out
-
-
-def _blind(scale: float, given: Sequence | None, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The blind prompts, or [] where they are not needed."""
-    if not np.isfinite(scale):
-        raise ValueError(f"text_guidance is {scale}; expected a finite number (1: none)")
-    if scale == 1:
-        return []
-    if given is None or len(given) != len(prompts) or not all(map(len, given)):
-        raise ValueError("text_guidance needs blind_prompts, one a row, each with at least one id (1 needs none)")
-    return [np.asarray(p, np.int64).reshape(-1) for p in given]
 
 
 def _check_ids(prompts: Sequence[np.ndarray], rows: int, longest: int, what: str) -> None:

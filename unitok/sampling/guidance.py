@@ -9,29 +9,34 @@ dropped and its images kept. With logits c, n, i of these:
 A branch of weight 0 is never computed: scale 1 is the conditional branch alone. Mixing raw logits equals mixing
 log-probabilities up to a constant of the row.
 
-Text is guided by a branch of its own, 3, the prompt without its images: b + s (c - b). What a text says by habit,
-whatever the images show, is taken off (visual contrastive decoding, 2311.16922, with the images absent instead of
-noisy). Ids that the prompt itself makes improbable stay out (`plausible`): differences among those mean nothing.
+Text is guided by a branch of its own, 3, the prompt without its images, of logits b:
+
+    one scale s:                b + s (c - b)                weights s, 0, 0, 1 - s
+
+What a text says by habit, whatever the images show, is taken off (visual contrastive decoding, 2311.16922, with the
+images absent instead of noisy). Ids that the prompt itself makes improbable stay out (`plausible`): differences among
+those mean nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-BRANCHES = 3
-BLIND = 3  # the branch of text
+BRANCHES = 4
+BLIND = 3  # the branch of text; the others are of images
 IMPLAUSIBLE = 0.02  # of the most probable id's probability: what is below is not chosen under guidance
 
 
 def branch_weights(guidance, rows: int) -> np.ndarray:
-    """float32 [rows, 3] from a number, a tuple (text, image), or a list with one of these a row."""
+    """Of image codes: float32 [rows, 3] from a number, a tuple (text, image), or a list with one of these a row."""
     each = [guidance] * rows if isinstance(guidance, (int, float, tuple)) else list(guidance)
     if len(each) != rows:
         raise ValueError(f"guidance has {len(each)} entries for {rows} rows")
-    out = np.zeros((rows, BRANCHES), np.float32)
+    out = np.zeros((rows, BLIND), np.float32)
     for row, scale in enumerate(each):
         if isinstance(scale, (tuple, list)):
             if len(scale) != 2:
@@ -56,7 +61,20 @@ def mix(
     return (cond * weights[:, None]).index_add_(0, owner, others * other_weights[:, None])
 
 
-def plausible(cond: torch.Tensor, guided: torch.Tensor) -> torch.Tensor:
-    """`guided` [n, K] with -inf where `cond` has less than IMPLAUSIBLE of its highest probability."""
+def text_weights(scale: float | Sequence[float], rows: int) -> np.ndarray:
+    """Of text: float32 [rows, 4] from a number, or one a row."""
+    scales = np.asarray([scale] * rows if isinstance(scale, (int, float)) else scale, np.float32)
+    if scales.shape != (rows,) or not np.isfinite(scales).all():
+        raise ValueError(f"text_guidance is {scale}; expected a finite number, or one for each of {rows} rows")
+    out = np.zeros((rows, BRANCHES), np.float32)
+    out[:, 0], out[:, BLIND] = scales, 1 - scales
+    return out
+
+
+def plausible(cond: torch.Tensor, guided: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`guided` [n, K] with -inf where `cond` has less than IMPLAUSIBLE of its highest probability.
+
+    weights [n]: of `cond` in `guided`; a row of weight 1 is not guided, and stays whole.
+    """
     floor = cond.amax(1, keepdim=True) + math.log(IMPLAUSIBLE)
-    return guided.masked_fill(cond < floor, float("-inf"))
+    return guided.masked_fill((cond < floor) & (weights != 1)[:, None], float("-inf"))
