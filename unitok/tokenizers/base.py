@@ -41,6 +41,7 @@ class ImageTokenizer(Pretrained):
     vocabulary: str = "codes"  # "codes": new rows in the LLM; "text": words, through to_text
     stages: tuple[str, ...] = ("main",)
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
+    stride: int  # pixels a position and side, of a fully convolutional one
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,8 +50,18 @@ class ImageTokenizer(Pretrained):
                 setattr(cls, name, wrap(cls.__dict__[name]))
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """The grid of an image of height x width pixels (default: image_size). ValueError for an impossible size."""
-        raise lacking(self, "grid")
+        """The grid of an image of height x width pixels (default: image_size). ValueError for an impossible size.
+
+        A fully convolutional tokenizer has one position a `stride`; others define their own.
+        """
+        if not self.fully_convolutional:
+            raise lacking(self, "grid")
+        height, width = (self.image_size if n is None else n for n in (height, width))
+        if min(height, width) < self.stride or height % self.stride or width % self.stride:
+            raise ValueError(
+                f"image height and width must be positive multiples of {self.stride}, got {height} x {width}"
+            )
+        return height // self.stride, width // self.stride
 
     def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
         """int64 [N]: the index of the codebook that token j is drawn from."""

@@ -76,14 +76,6 @@ class DVAETokenizer(ImageTokenizer):
         self.encoder = _encoder(widths, blocks, vocab_size)
         self.decoder = _decoder(widths[::-1], blocks, vocab_size, code_width)
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if min(height, width) < self.stride or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image height and width must be positive multiples of {self.stride}, got {height} x {width}"
-            )
-        return height // self.stride, width // self.stride
-
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder(squeeze(images)).argmax(1).flatten(1)  # [B, h*w]
 
@@ -175,18 +167,20 @@ class _Block(nn.Module):
 
 def _encoder(widths: Sequence[int], blocks: int, vocab_size: int) -> nn.Sequential:
     first, output = _conv(3, widths[0], 7), _conv(widths[-1], vocab_size, 1)
-    return nn.Sequential(_groups(first, widths, blocks, (3, 3, 3, 1), lambda: nn.MaxPool2d(2), output))
+    return nn.Sequential(_groups(first, widths, blocks, (3, 3, 3, 1), nn.MaxPool2d(2), output))
 
 
 def _decoder(widths: Sequence[int], blocks: int, vocab_size: int, code_width: int) -> nn.Sequential:
     first, output = _conv(vocab_size, code_width, 1), _conv(widths[-1], 6, 1)
-    between = lambda: nn.Upsample(scale_factor=2, mode="nearest")  # noqa: E731
-    return nn.Sequential(_groups(first, widths, blocks, (1, 3, 3, 3), between, output))
+    return nn.Sequential(_groups(first, widths, blocks, (1, 3, 3, 3), nn.Upsample(scale_factor=2), output))
 
 
-def _groups(first, widths, blocks, kernels, between, output) -> OrderedDict[str, nn.Module]:
+def _groups(
+    first: nn.Conv2d, widths: Sequence[int], blocks: int, kernels: Sequence[int], between: nn.Module, output: nn.Conv2d
+) -> OrderedDict[str, nn.Module]:
     """The layers by the names of openai/DALL-E: input, group_1 (block_1, ...), ..., output."""
-    layers, channels = OrderedDict(input=first), first.out_channels
+    layers: OrderedDict[str, nn.Module] = OrderedDict(input=first)
+    channels = first.out_channels
     gain = 1 / (len(widths) * blocks) ** 2
     for g, width in enumerate(widths):
         group: OrderedDict[str, nn.Module] = OrderedDict()
@@ -194,7 +188,7 @@ def _groups(first, widths, blocks, kernels, between, output) -> OrderedDict[str,
             group[f"block_{b + 1}"] = _Block(channels, width, kernels, gain)
             channels = width
         if g < len(widths) - 1:
-            group["scale"] = between()
+            group["scale"] = between
         layers[f"group_{g + 1}"] = nn.Sequential(group)
     layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
     return layers

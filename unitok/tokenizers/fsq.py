@@ -97,14 +97,6 @@ class FSQTokenizer(ImageTokenizer):
         if not torch.equal(self.quantizer.codes_to_indices(self.quantizer.implicit_codebook), everything):
             raise ValueError(f"levels {levels} cannot be told apart in float32; use fewer or smaller ones")
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image height and width must be positive multiples of {self.stride}, got {height} x {width}"
-            )
-        return height // self.stride, width // self.stride
-
     def encode(self, images: Tensor) -> Tensor:
         # in float32: the rounding of half precision would move values across the borders of the levels
         _, indices = self.quantizer(self.encoder(images * 2 - 1).float())  # int32 [B, h, w]
