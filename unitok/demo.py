@@ -32,8 +32,10 @@ PICTURES = {"train": 8000, "validation": 100, "test": 600}
 SHOTS = 4000  # interleaved documents
 SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
 DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
+ANSWER = {"guidance": 1.5}  # of answers and captions, against no picture; chosen there too
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
+SHOT_QUESTIONS = 600  # of them with shots, which cost five pictures each
 BATCH = 200
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -136,7 +138,8 @@ class Demo:
     def _asked(self) -> str:
         recipe = tuning(self.out, self.base).model_dump(mode="json")
         base = None if self.from_scratch else read_json(self.base / "unitok.json")
-        return config_hash({"recipe": recipe, "pictures": PICTURES, "shots": SHOTS, "draw": DRAW, "base": base})
+        said = {"pictures": PICTURES, "shots": SHOTS, "draw": DRAW, "answer": ANSWER, "base": base}
+        return config_hash({"recipe": recipe, **said})
 
     # ---- stages
 
@@ -208,12 +211,14 @@ class Demo:
         for shots, beside in arms.items() if after else ((0, ()),):
             with self._step(f"questions, {shots} shots"):
                 scores += vqa.evaluate(
-                    model, questions, train, shots=shots, mode="exact", baselines=beside, batch_size=BATCH,
-                    breakdown=("kind", "objects"), name=f"vqa_{shots}shot", replies=place / f"vqa_{shots}shot.jsonl",
+                    model, subset(questions, SHOT_QUESTIONS, 0) if shots else questions, train, shots=shots,
+                    mode="exact", baselines=beside, batch_size=BATCH, breakdown=("kind", "objects"), decode=ANSWER,
+                    name=f"vqa_{shots}shot", replies=place / f"vqa_{shots}shot.jsonl",
                 )  # fmt: skip
         shown = load_rows(sources("test_captions.jsonl"), "caption")
         with self._step("captions"):
-            scores += captions.evaluate(model, shown, batch_size=BATCH, replies=place / "captions.jsonl")
+            replies = place / "captions.jsonl"
+            scores += captions.evaluate(model, shown, batch_size=BATCH, decode=ANSWER, replies=replies)
         if after:
             with self._step("reconstructions"):
                 pictures = [{"id": row["id"], "image": row["image"]} for row in shown]

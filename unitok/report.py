@@ -94,7 +94,8 @@ def _shots_line(scores: Sequence[dict]) -> str:
     verdict = "matters" if loss >= SHOTS_MATTER else "does not matter"
     return (
         f"What shots say {verdict}: giving four of them the answers of one another changes the score by "
-        f"{-100 * loss:+.1f} points; having them at all, by {100 * gain:+.1f} points."
+        f"{-100 * loss:+.1f} points; having them at all, by {100 * gain:+.1f} points "
+        f"({four['n']} questions with shots, {zero['n']} without)."
     )
 
 
@@ -152,6 +153,7 @@ def _misread(out: Path, most: int = 12) -> str:
 
 def _answers(out: Path) -> str:
     from unitok.config import DataSource
+    from unitok.demo import ANSWER
     from unitok.eval.rows import load_rows
     from unitok.eval.vqa_metric import vqa_accuracy
 
@@ -167,7 +169,8 @@ def _answers(out: Path) -> str:
     wrong = [cell for right, cell in cells if not right]
     first = "".join(cell for _, cell in cells[:SHOWN_QUESTIONS])
     more = f"<p>Some that were answered wrong:</p><table>{''.join(wrong[:SHOWN_QUESTIONS])}</table>" if wrong else ""
-    return f"<h2>Questions</h2><table>{first}</table>{more}"
+    guided = f"<p>Answers and captions are guided against no picture by {ANSWER['guidance']:g}.</p>"
+    return f"<h2>Questions</h2>{guided}<table>{first}</table>{more}"
 
 
 def _curves(log: Sequence[dict]) -> str:
