@@ -169,7 +169,7 @@ def _answers(out: Path) -> str:
     wrong = [cell for right, cell in cells if not right]
     first = "".join(cell for _, cell in cells[:SHOWN_QUESTIONS])
     more = f"<p>Some that were answered wrong:</p><table>{''.join(wrong[:SHOWN_QUESTIONS])}</table>" if wrong else ""
-    guided = f"<p>Answers and captions are guided against no picture by {ANSWER['guidance']:g}.</p>"
+    guided = f"<p>Answers and captions of the tuned model are guided against no picture by {ANSWER['guidance']:g}.</p>"
     return f"<h2>Questions</h2>{guided}<table>{first}</table>{more}"
 
 
