@@ -35,7 +35,7 @@ DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: ben
 ANSWER = {"guidance": 1.5}  # of the tuned model's text, against no picture; chosen there too
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
-SHOT_QUESTIONS = 600  # of them with shots, which cost five pictures each
+SHOT_QUESTIONS = 400  # of them with shots, which cost five pictures each
 BATCH = 200
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -67,7 +67,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "seed": seed,
         "length": 512,
         "batch_size": 4,
-        "steps": 900,
+        "steps": 1000,
         "lr": 3e-3,
         "schedule": "linear",
         "warmup": 20,
