@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 
 import unitok
+from unitok import weights
 from unitok.checkpoint import read_json, write_json
 from unitok.data.scenes import random_scene, render_scene
 from unitok.data.schema import text_part
+from unitok.lm.expand import expand_folder
 from unitok.manifest import FILE
+from unitok.tokenizers.fsq import FSQTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +142,19 @@ def test_bad_calls_are_one_line(model, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="torn.png"):
         model.answer(tmp_path / "torn.png", "what colour is the cross?")
+
+
+def test_of_several_image_tokenizers_one_serves(scene_model, tmp_path, pictures):
+    """An expanded model of two: nothing is drawn or read by a guess, and the one that was named at opening serves."""
+    FSQTokenizer(image_size=24, width=16, levels=(4, 3, 3), min_width=8).save_pretrained(tmp_path / "tiny")
+    expanded = expand_folder(scene_model, tmp_path / "tiny", tmp_path / "two", "tiny")
+    both = unitok.load(expanded)
+    with pytest.raises(ValueError, match="several image tokenizers, name one of them: .*tiny"):
+        both.images(["a red circle"])
+    with pytest.raises(ValueError, match="no image tokenizer 'other'"):
+        unitok.load(expanded, tokenizer="other")
+    tiny = unitok.load(expanded, tokenizer="tiny")
+    assert tiny.image_tokenizer.image_size == 24
+    assert [picture.size for picture in tiny.images(["a red circle"])] == [(24, 24)]
+    assert [picture.size for picture in tiny.images(["a red circle"], tokenizer=weights.NAME)] == [(16, 16)]
+    assert isinstance(tiny.answer(pictures[0], "what shape is it?"), str)

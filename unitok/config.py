@@ -88,6 +88,7 @@ class Samples(Section):
 
     prompts: list[str] = []
     questions: Annotated[list[SampleQuestion], BeforeValidator(_as_questions)] = []
+    tokenizer: str | None = None  # which image tokenizer, where the model has several
     guidance: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, ge=0)
 
@@ -166,6 +167,7 @@ class EvaluationRecipe(Section):
     version: int = 1  # raised when a change of the recipe makes scores incomparable
     task: str
     model: str | None = None
+    tokenizer: str | None = None  # which of the model's image tokenizers, where it has several
     data: DataSources = []
     train: DataSources = []  # where shots and text baselines come from; never scored
     n: Count | None = None  # rows scored; None: all

@@ -39,11 +39,16 @@ PICTURES = 128  # pictures encoded or decoded at once
 
 
 def load(
-    path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    path_or_hub_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    tokenizer: str | None = None,
 ) -> UnifiedModel:
     """Open a model folder, an adapter folder or `builtin:NAME` -> UnifiedModel in eval mode.
 
-    dtype: of the LM; by default the checkpoint's own. ValueError naming the field where parts of the folder do not fit.
+    dtype: of the LM; by default the checkpoint's own. tokenizer: the image tokenizer that reads and draws wherever none
+    is named; only needed where there are several. ValueError naming the field where parts of the folder do not fit.
     """
     folder = open_folder(path_or_hub_id)
     if (folder / FILE).is_file() and (manifest := Manifest.load(folder)).vocab is None and manifest.tokenizers:
@@ -52,7 +57,7 @@ def load(
         lm = merge(load_adapter(folder, device=device, dtype=dtype)).eval()
     else:
         lm = open_lm(folder, device=device, dtype=dtype)
-    return around(lm, folder)
+    return around(lm, folder, tokenizer=tokenizer)
 
 
 def around(
@@ -61,10 +66,12 @@ def around(
     *,
     template: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
+    tokenizer: str | None = None,
 ) -> UnifiedModel:
     """An LM in memory with the other parts of a model or adapter folder: a run in training looks at its own model.
 
-    template: changes to the template of the folder. device: of the other parts; by default the LM's own.
+    template: changes to the template of the folder. device: of the other parts; by default the LM's own. tokenizer: as
+    `load` takes it.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder) if (folder / FILE).is_file() else Manifest()
@@ -75,17 +82,20 @@ def around(
     base = adapter_base(folder) if is_adapter(folder) else folder
     device = device or lm.get_input_embeddings().weight.device
     tokenizers = {name: load_tokenizer(base / "image_tokenizers" / name, device) for name in manifest.tokenizers}
-    for name, tokenizer in tokenizers.items():
-        [section] = tokenizer.manifest().tokenizers.values()
+    for name, own in tokenizers.items():
+        [section] = own.manifest().tokenizers.values()
         Manifest(tokenizers={name: section}).check(
             Manifest(tokenizers={name: manifest.tokenizers[name]}), what=(f"image_tokenizers/{name}", "model")
         )
     detokenizer = load_detokenizer(base / "detokenizer", device) if (base / "detokenizer").is_dir() else None
-    return UnifiedModel(lm, load_text_tokenizer(base), tokenizers, manifest, detokenizer)
+    return UnifiedModel(lm, load_text_tokenizer(base), tokenizers, manifest, detokenizer, tokenizer)
 
 
 class UnifiedModel:
-    """lm, text_tokenizer, image_tokenizers by name, detokenizer or None, vocab, template, manifest."""
+    """lm, text_tokenizer, image_tokenizers by name, detokenizer or None, vocab, template, manifest.
+
+    tokenizer: the name of the image tokenizer that serves where a call names none.
+    """
 
     def __init__(
         self,
@@ -94,9 +104,11 @@ class UnifiedModel:
         image_tokenizers: Mapping[str, ImageTokenizer],
         manifest: Manifest,
         detokenizer: Detokenizer | None = None,
+        tokenizer: str | None = None,
     ):
         self.lm, self.text_tokenizer, self.detokenizer, self.manifest = lm, text_tokenizer, detokenizer, manifest
         self.image_tokenizers = dict(image_tokenizers)
+        self._serves = tokenizer if tokenizer is None else self._name(tokenizer)
         self.vocab = JointVocab.from_dict(manifest.vocab or {})
         self.template = Template.from_dict(manifest.template)
         rows = lm.get_input_embeddings().weight.shape[0]
@@ -352,8 +364,10 @@ class UnifiedModel:
 
     def _name(self, name: str | None) -> str:
         names = list(self.image_tokenizers)
-        if name is None and len(names) == 1:
-            return names[0]
+        if name is None:
+            if self._serves is None and len(names) > 1:
+                raise ValueError(f"this model has several image tokenizers, name one of them: {', '.join(names)}")
+            return self._serves or names[0]
         if name not in names:
             raise ValueError(f"no image tokenizer {name!r} in this model; it has: {', '.join(names)}")
         return name

@@ -41,7 +41,9 @@ class Samples:
         if lm.get_input_embeddings().weight.numel() == 0:  # ZeRO stage 3 holds the rows elsewhere
             return
         if self.model is None:
-            self.model = around(lm, open_folder(self.recipe.model), template=self.recipe.template)
+            self.model = around(
+                lm, open_folder(self.recipe.model), template=self.recipe.template, tokenizer=self.asked.tokenizer
+            )
         for prompt, strip in self._draw(self.model).items():
             if writer is not None:
                 writer.add_image(f"drawn: {prompt}", strip, step)
