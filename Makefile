@@ -1,4 +1,5 @@
 # make demo: the main job in one command, with a report.   make test: the tests.   make check: lint, format, types.
+# make oracles: what some tests compare with, and what must not bring its dependencies along.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: demo test check install weights clean
+.PHONY: demo test check install oracles weights clean
 
 demo: install
 	$(BIN)/python -m unitok demo --out out/demo
@@ -21,6 +22,10 @@ check: install
 
 weights: install
 	$(BIN)/python -m unitok.weights --out out/weights
+
+oracles: install  # DALL-E declares torchvision, which breaks transformers beside a CPU torch
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps DALL-E==0.1
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet attrs requests
 
 install: $(VENV)/installed
 

@@ -28,10 +28,10 @@ PACKAGE = ROOT / "unitok"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 LAYERS = [  # from the bottom; a set is one room, and rooms of one row do not import each other
-    [{"config", "manifest", "vocab", "checkpoint", "registry"}],
+    [{"config", "manifest", "vocab", "checkpoint", "registry", "pickles"}],
     [{"nn"}],
     [{"tokenizers"}, {"detokenizers"}, {"lm"}],
-    [{"data"}, {"sampling"}],
+    [{"data"}, {"sampling"}, {"convert"}],
     [{"model"}],
     [{"eval"}, {"training"}],
     [{"__main__", "cli", "demo", "report", "inspection", "weights", "serving"}],

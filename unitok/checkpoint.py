@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import secrets
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NESTS = ("state_dict", "model", "module")  # where checkpoints of others keep their table of tensors
+MAX_HEADER = 100_000_000  # bytes, of a safetensors file; torch files begin with what would be larger numbers
 SHOWN = 3  # how many names an error lists
 
 BUILTIN = "builtin:"
@@ -132,15 +134,13 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, from .safetensors or a torch file.
+    """Tensors by name, on the CPU, from safetensors or a torch file, whatever it is called.
 
     A torch file may nest its table under `key` (default: the first of `NESTS` that is there). Objects other than
     tensors and plain containers are refused unread: ValueError.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
+    if container(path) == "safetensors":
         import safetensors
         from safetensors.torch import load_file
 
@@ -151,6 +151,27 @@ def load_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tenso
     return _table(path, load_torch(path), key)
 
 
+def container(path: str | Path) -> str:
+    """What a file of weights is by its content: "safetensors", "torch" or "torchscript"; ValueError for neither."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:  # the length of the header, then itself
+        return "safetensors"
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a whole torch file ({_first_line(error)})") from error
+        return "torchscript" if "constants.pkl" in names else "torch"
+    if head.startswith(b"\x80"):  # a pickle
+        return "torch"
+    raise ValueError(f"{path}: neither a safetensors nor a torch file, or not a whole one")
+
+
 def load_torch(path: str | Path) -> Any:
     """What a torch file holds (tensors, containers, numbers), read with `weights_only=True`; ValueError otherwise."""
     import torch
@@ -158,7 +179,8 @@ def load_torch(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb") as file:  # by its path, torch would take a name in .safetensors at its word
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         detail = f"the object {found[1]}" if found else "objects other than tensors, or is no torch file"

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +21,9 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from unitok.config import EvaluationRecipe
     from unitok.model import UnifiedModel
-    from unitok.tokenizers.base import ImageTokenizer
 
 RECIPES = ("tokenizers", "training", "eval")  # folders that `list` looks into
-PLAIN = (ValueError, OSError, ImportError, MemoryError)  # say themselves what is wrong
+PLAIN = (ValueError, OSError, ImportError, MemoryError, NotImplementedError)  # say themselves what is wrong
 LIBRARIES = {"huggingface_hub", "httpx", "pyarrow", "safetensors", "safetensors_rust", "torch", "yaml"}  # so do theirs
 LINE_EVERY_S = 15.0  # between lines of progress where there is no terminal to draw a bar on
 WIDE = 200  # columns of a table that goes into a file
@@ -35,7 +34,9 @@ Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="Chan
 Model = Annotated[str, Argument(metavar="MODEL", help="A model or adapter folder, a Hub id, or builtin:NAME.")]
 Tokenizer = Annotated[str, Option("--tokenizer", metavar="T", help="An image tokenizer: a folder or a Hub id.")]
 Out = Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
+Native = Annotated[bool, Option("--native", help="Pictures as large as they are, cut to multiples of the stride.")]
 Name = Annotated[str | None, Option("--name", help="What the model calls the tokenizer. Default: as its folder does.")]
+Which = Annotated[str | None, Option("--tokenizer", metavar="NAME", help="Which one, where the model has several.")]
 
 
 class Verbs(TyperGroup):
@@ -210,6 +211,7 @@ def tokenize(
         list[str] | None, Option("--column", metavar="OURS=THEIRS", help="A column of another name, as text=title.")
     ] = None,
     name: Name = None,
+    native: Native = False,
 ) -> None:
     """Turn the pictures of documents into token shards.
 
@@ -217,7 +219,7 @@ def tokenize(
     """
     from tqdm import tqdm
 
-    from unitok.data.shards import summary_line
+    from unitok.data.shards import census_line, summary_line
     from unitok.data.shards import tokenize as run
 
     spoke = time.monotonic()
@@ -232,9 +234,11 @@ def tokenize(
 
         summary = run(
             data, tokenizer, out, workers=workers, strict=strict, columns=_columns(column or ()), name=name,
-            device=_device(), report=progress,
+            native=native, device=_device(), report=progress,
         )  # fmt: skip
     print(summary_line(summary))
+    if summary["images"]:
+        print(census_line(summary))
 
 
 def _columns(pairs: Iterable[str]) -> dict[str, str]:
@@ -242,6 +246,29 @@ def _columns(pairs: Iterable[str]) -> dict[str, str]:
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise typer.BadParameter(f"{wrong[0]!r} is not of the form OURS=THEIRS", param_hint="--column")
     return columns
+
+
+@app.command()
+def convert(
+    format: Annotated[str, Argument(metavar="FORMAT", help="The published layout, such as taming.")],
+    files: Annotated[list[Path], Argument(metavar="FILE", help="The published weights: files, or a folder.")],
+    out: Out,
+    config: Annotated[
+        Path | None, Option("--config", metavar="FILE", help="Their .yaml or .json: what it says must fit the weights.")
+    ] = None,
+    image_size: Annotated[
+        int | None, Option("--image-size", min=1, metavar="N", help="Pixels a side, where any size will do.")
+    ] = None,
+) -> None:
+    """Turn a published checkpoint into an image tokenizer; nothing in its files is executed.
+
+    Formats: openai-dvae, flava, taming, ldm, gumbel-f8, chameleon, janus, llamagen, diffusers, emu3, open-magvit2,
+    show-o, titok.
+    """
+    from unitok.convert import convert as run
+
+    _no_bars()
+    run(format, files, out, config=config, image_size=image_size)
 
 
 @app.command()
@@ -313,50 +340,25 @@ def reconstruct(
     detokenizer: Annotated[
         str | None, Option("--detokenizer", metavar="D", help="Draws instead of the decoder.")
     ] = None,
+    perceptual: Annotated[
+        str | None,
+        Option("--perceptual", metavar="FILE", help="Weights of a network, or module:function."),
+    ] = None,
+    native: Native = False,
 ) -> None:
     """Encode and decode pictures, and measure what is lost.
 
-    Writes a sheet of originals over reconstructions, every picture, and PSNR and SSIM beside those of block means.
+    Writes a sheet of originals over reconstructions, every picture, and a table: PSNR, SSIM and, where a network is
+    given, a perceptual distance, each beside that of block means; the use of the codebooks; bits.
     """
-    from unitok.config import DataSource
     from unitok.eval import images as task
-    from unitok.eval.results import table, write_results
-    from unitok.eval.rows import load_rows
-    from unitok.tokenizers.base import load_tokenizer, to_pil
+    from unitok.eval.results import table
 
-    begun = time.perf_counter()
-    own = load_tokenizer(tokenizer, _device())
-    rows = load_rows([DataSource(path=path) for path in images], "picture", out=out)
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    names = {row["id"]: f"{number:05d}.png" for number, row in enumerate(rows)}
-    scores = task.evaluate(
-        own, rows, sheet=out / task.SHEET, decode=_decoder(own, detokenizer) if detokenizer else None,
-        keep=lambda row_id, picture: to_pil(picture).save(pictures / names[row_id]),
-    )  # fmt: skip
-    written = write_results(out, scores, {"reconstruct": time.perf_counter() - begun})
+    scores, files = task.reconstruct(
+        tokenizer, images, out, detokenizer=detokenizer, perceptual=perceptual, native=native, device=_device()
+    )
     _print_table(table(scores))
-    print(f"{out / task.SHEET}\n{written}")
-
-
-def _decoder(tokenizer: ImageTokenizer, folder: str) -> Callable:
-    """Codes, grid -> pictures of a detokenizer, at the size of the tokenizer's."""
-    import torch.nn.functional as F
-
-    from unitok.detokenizers.base import Condition, load_detokenizer
-
-    detokenizer = load_detokenizer(folder, _device())
-
-    def decode(codes, grid):
-        vectors = tokenizer.embed(codes, grid) if "vectors" in detokenizer.takes else None
-        texts = tokenizer.to_text(codes) if "texts" in detokenizer.takes else None
-        condition = Condition(codes=codes, grid=grid, vectors=vectors, texts=texts)
-        drawn = detokenizer.generate(condition, seeds=[0] * len(codes))
-        size = (tokenizer.image_size,) * 2
-        same = tuple(drawn.shape[-2:]) == size
-        return drawn if same else F.interpolate(drawn, size, mode="bicubic", antialias=True).clamp(0, 1)
-
-    return decode
+    print(*files, sep="\n")
 
 
 @app.command()
@@ -371,13 +373,14 @@ def sample(
     top_p: Annotated[float, Option("--top-p", min=0, max=1, help="The likeliest codes of this mass only.")] = 1.0,
     seed: Annotated[int, Option("--seed", help="The same seed draws the same pictures.")] = 0,
     n: Annotated[int, Option("--n", min=1, help="Pictures a prompt.")] = 1,
+    tokenizer: Which = None,
 ) -> None:
     """Draw pictures of prompts; prints the names of the files."""
     from unitok.data.schema import image_part, text_part
     from unitok.data.sources import read_image
 
     given = [image_part(read_image(file), loss=False) for file in image or ()]
-    drawn = _open(model).images(
+    drawn = _open(model, tokenizer).images(
         [[*given, text_part(prompt)] for prompt in prompts], n=n, guidance=guidance, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
@@ -399,6 +402,7 @@ def ask(
         Path | None, Option("--shots", metavar="FILE.jsonl", help="Examples before it: image, question, answers.")
     ] = None,
     guidance: Annotated[float, Option("--guidance", min=0, help="Of the answer, against no picture; 1 is none.")] = 1.0,
+    tokenizer: Which = None,
 ) -> None:
     """Answer a question about a picture."""
     from unitok.config import DataSource
@@ -409,7 +413,7 @@ def ask(
     shown = read_image(image)
     rows = load_rows([DataSource(path=str(shots))], "question") if shots else []
     examples = [{**with_picture(row), "answers": [consensus(row["answers"])]} for row in rows]
-    print(_open(model).answer(shown, question, examples, guidance=guidance))
+    print(_open(model, tokenizer).answer(shown, question, examples, guidance=guidance))
 
 
 @app.command()
@@ -450,7 +454,7 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
         raise ValueError(f"task {recipe.task} needs a model: give the recipe model, or model=MODEL behind it")
     model = None
     if recipe.model is not None:
-        model = _tokenizer_or_model(recipe.model) if recipe.task == "images" else _open(recipe.model)
+        model = _tokenizer_or_model(recipe) if recipe.task == "images" else _open(recipe.model, recipe.tokenizer)
     loaded = time.perf_counter()
     scores = task.run(model, recipe)
     seconds = {"load": loaded - begun, "evaluate": time.perf_counter() - loaded}
@@ -460,21 +464,22 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
     print(write_results(recipe.out, scores, seconds) if recipe.out else "the recipe names no out: nothing is written")
 
 
-def _tokenizer_or_model(name: str) -> Any:
+def _tokenizer_or_model(recipe: EvaluationRecipe) -> Any:
     from unitok.checkpoint import open_folder
     from unitok.manifest import FILE, Manifest
     from unitok.tokenizers.base import load_tokenizer
 
+    name = recipe.model or ""
     manifest = open_folder(name) / FILE
     alone = manifest.is_file() and Manifest.load(manifest).vocab is None
-    return load_tokenizer(name, _device()) if alone else _open(name)
+    return load_tokenizer(name, _device()) if alone else _open(name, recipe.tokenizer)
 
 
-def _open(model: str) -> UnifiedModel:
+def _open(model: str, tokenizer: str | None = None) -> UnifiedModel:
     from unitok.model import load
 
     _no_bars()
-    return load(model, _device())
+    return load(model, _device(), tokenizer=tokenizer)
 
 
 def _device() -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from unitok.data import encoding
 from unitok.data.schema import parse_row
-from unitok.data.shards import read_shards, summary_line, tokenize
+from unitok.data.shards import census_line, read_shards, summary_line, tokenize
 from unitok.data.sources import read_image, read_source
 from unitok.manifest import FILE, Manifest
 from unitok.tokenizers import get
@@ -160,6 +160,11 @@ def test_counts_add_up(source, tokenizer, finished, tmp_path):
     [census] = summary["census"]
     assert (census["used"], census["dead"], census["size"]) == ((counts > 0).sum(), (counts == 0).sum(), 36)
     assert census["entropy"] == pytest.approx(-(shares * np.log2(shares)).sum(), abs=1e-6) and census["used"] > 3
+    assert census["perplexity"] == pytest.approx(np.prod(shares**-shares), abs=1e-5)
+    line = (
+        f"{census['used']} of 36 codes used, {census['dead']} dead, {census['entropy']:.2f} of 5.17 bits (perplexity "
+    )
+    assert census_line(summary).startswith(line)
     assert "7 rows in quarantine.jsonl" in summary_line(summary)
 
 
@@ -316,6 +321,21 @@ def test_a_bounded_memory_of_pictures_does_not_change_resuming(source, tokenizer
         (out / f"shard-{shards:06d}.parquet").unlink()
         run(source, loaded, out)
         assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_the_census_after_a_stop_is_of_the_whole_run(source, tokenizer, finished, tmp_path):
+    whole, stopped = run(source, tokenizer, finished)["census"], []
+    for kept in range(6):
+        out = tmp_path / str(kept)
+        shutil.copytree(finished, out)
+        (out / f"shard-{kept:06d}.parquet").unlink()
+        summary = run(source, tokenizer, out)
+        stopped.append(summary["resumed"])
+        counts = np.zeros(36, dtype=int)
+        for codes in {p.sha256: p.codes for d in read_shards(out) for p in d.parts if p.type == "image"}.values():
+            np.add.at(counts, codes, 1)
+        assert summary["census"] == whole and summary["census"][0]["used"] == (counts > 0).sum()
+    assert stopped == [0, 7, 14, 21, 28, 35]
 
 
 # ---- refused

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 from unitok.config import make_recipe
-from unitok.eval.images import block_mean, contact_sheet, psnr, run, ssim
+from unitok.eval.images import block_mean, contact_sheet, evaluate, psnr, run, ssim
+from unitok.nn.perceptual import Perceptual
+from unitok.tokenizers import get
 
 
 def pictures(n=4, size=32, seed=0):
@@ -84,6 +86,9 @@ class Blocks(nn.Module):
     def grid(self, height=None, width=None):
         return (self.cells, self.cells, 3)
 
+    def token_codebook(self, grid=None):
+        return torch.zeros(math.prod(grid), dtype=torch.int64)
+
     def preprocess(self, image):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
@@ -120,6 +125,99 @@ def test_a_block_mean_tokenizer_is_no_better_than_the_baseline(tmp_path):
     model = SimpleNamespace(image_tokenizer=Blocks(32), encode=None)  # a model has an `encode` too, of another kind
     exact = {s.name: s for s in run(model, make_recipe({**values, "out": None}))}
     assert exact["psnr"].value == 100 and exact["ssim"].value == pytest.approx(1)
+
+
+# ---- codes, bits, distance, native sizes
+
+
+def rows_of(images) -> list[dict]:
+    """Rows as `evaluate` takes them; pictures as PIL, rounded to 8 bits."""
+    return [
+        {"id": str(i), "image": Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))}
+        for i, image in enumerate(images)
+    ]
+
+
+class Factors(Blocks):
+    """The same with two codebooks: 256 values for red, green and 200 for blue (which is cut off there)."""
+
+    codebook_sizes = (256, 200)
+
+    def token_codebook(self, grid=None):
+        return (torch.arange(math.prod(grid)) % 3 == 2).long()
+
+    def encode(self, images):
+        codes = super().encode(images)
+        return torch.where(self.token_codebook(self.grid()) == 1, codes.clamp(max=199), codes)
+
+
+def test_use_of_each_codebook_and_bits_equal_those_counted_by_hand():
+    tokenizer, rows = Factors(8), rows_of(pictures(5))
+    scores = {s.name: s for s in evaluate(tokenizer, rows, batch_size=2)}
+    codes = tokenizer.encode(torch.stack([tokenizer.preprocess(row["image"]) for row in rows]))
+    for book, (size, met) in enumerate([(256, codes.unflatten(1, (-1, 3))[..., :2]), (200, codes[:, 2::3])]):
+        _, counts = met.unique(return_counts=True)
+        shares = counts / counts.sum()
+        used, perplexity = (scores[f"{name}/codebook={book}"] for name in ("codes_used", "perplexity"))
+        assert used.value == pytest.approx(len(counts) / size)
+        assert perplexity.value == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-5)
+        even = np.bincount(np.random.default_rng(0).integers(0, size, met.numel()), minlength=size)
+        assert used.baselines["even"] == pytest.approx((even > 0).mean(), abs=0.05)
+        assert used.protocol["dead"] == size - len(counts) and used.protocol["codes"] == met.numel()
+    cost = 64 * (2 * 8 + math.log2(200))
+    assert scores["bits_per_image"].value == pytest.approx(cost) and scores["bits_per_image"].n == 5
+    assert scores["bits_per_pixel"].value == pytest.approx(cost / 32**2)
+
+
+def test_a_tokenizer_of_one_code_uses_one_code():
+    tokenizer = Blocks(8)
+    tokenizer.encode = lambda images: torch.full((len(images), 192), 77)
+    scores = {s.name: s for s in evaluate(tokenizer, rows_of(pictures(3)))}
+    assert scores["codes_used"].value == 1 / 256 and scores["perplexity"].value == 1.0
+    assert scores["codes_used"].baselines["even"] > 0.8 and scores["perplexity"].baselines["even"] == 256
+    assert scores["psnr"].value < scores["psnr"].baselines["one_colour"]
+
+
+def test_the_distance_of_a_network_stands_beside_that_of_block_means():
+    network = Perceptual(lambda x: [x, nn.functional.avg_pool2d(x, 2)], name="two scales")
+    rows = rows_of(pictures(5))
+    score = next(s for s in evaluate(Blocks(16), rows, batch_size=2, perceptual=network) if s.name == "perceptual")
+    images = torch.stack([Blocks(16).preprocess(row["image"]) for row in rows])
+    made = Blocks(16).decode(Blocks(16).encode(images), (16, 16, 3))
+    assert score.value == pytest.approx(network(made, images).mean().item(), rel=1e-5)
+    assert score.baselines["one_colour"] == pytest.approx(
+        network(images.mean((2, 3), keepdim=True).expand_as(images), images).mean().item(), rel=1e-5
+    )
+    assert score.value < score.baselines["one_colour"] and score.protocol["network"] == "two scales"
+    assert "perceptual" not in {s.name for s in evaluate(Blocks(16), rows)}
+
+
+def test_native_pictures_keep_their_pixels(tmp_path):
+    tokenizer = get("fsq").tiny().eval()  # stride 4
+    sizes = [(20, 24), (24, 20), (37, 30), (20, 24), (9, 40), (3, 40)]  # the last two are too small for SSIM or a code
+    rows = [{"id": str(n), "image": Image.effect_noise((width, height), 90).convert("RGB")}
+            for n, (height, width) in enumerate(sizes)]  # fmt: skip
+    kept = {}
+    asked = {"native": True, "batch_size": 4, "sheet": tmp_path / "sheet.png", "keep": kept.__setitem__}
+    scores = {s.name: s for s in evaluate(tokenizer, rows, **asked)}
+    assert scores["psnr"].n == 4 and scores["psnr"].protocol["resize"] == "native"
+    assert sorted(scores["psnr"].protocol["grid"]) == [[5, 6], [6, 5], [9, 7]]
+    assert [tuple(kept[str(n)].shape) for n in range(4)] == [(3, 20, 24), (3, 24, 20), (3, 36, 28), (3, 20, 24)]
+    pixels = torch.from_numpy(np.array(rows[2]["image"])).permute(2, 0, 1)[None, :, :36, 1:29] / 255
+    made = tokenizer.decode(tokenizer.encode(pixels), (9, 7))
+    assert scores["psnr"].items["2"] == pytest.approx(psnr(made, pixels).item())
+    bits = math.log2(tokenizer.codebook_sizes[0])
+    assert scores["bits_per_image"].value == pytest.approx(bits * (30 + 30 + 63 + 30) / 4)
+    assert scores["bits_per_pixel"].value == pytest.approx(bits / 16)
+    assert Image.open(tmp_path / "sheet.png").width > 4 * 200
+    with pytest.raises(ValueError, match=r"SplitFSQTokenizer takes pictures of 16 pixels a side only"):
+        evaluate(get("fsq_split").tiny(), rows, native=True)
+
+
+def test_unknown_options_of_the_task_are_refused():
+    values = {"kind": "evaluation", "task": "images", "data": "x", "options": {"perceptua": "y"}}
+    with pytest.raises(ValueError, match="unknown option 'perceptua'; known: native, perceptual"):
+        run(Blocks(8), make_recipe(values))
 
 
 def test_the_contact_sheet_shows_pixels_as_they_are():

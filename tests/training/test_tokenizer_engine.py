@@ -15,11 +15,12 @@ from torch import nn
 
 from unitok import checkpoint
 from unitok.config import DataSource, TokenizerRecipe
+from unitok.tokenizers import get
 from unitok.tokenizers.base import load_tokenizer, to_tensor
 from unitok.tokenizers.fsq import FSQTokenizer
 from unitok.training.ema import Ema
 from unitok.training.pictures import Order, Pictures
-from unitok.training.tokenizer import lr_factor, train
+from unitok.training.tokenizer import lr_factor, score, train
 
 FAULT: dict = {}  # step -> what happens in it, once
 
@@ -206,6 +207,38 @@ def test_training_beats_its_baselines(pictures, tmp_path):
     )
     (psnr,) = json.loads((out / "training" / "report.json").read_text())["scores"]
     assert psnr["value"] > max(psnr["baselines"].values()) + 1
+
+
+class Collapsed(FSQTokenizer):
+    """Has one code for everything."""
+
+    def encode(self, images):
+        return torch.full((len(images), 16), 3)
+
+
+def test_a_collapsed_codebook_is_told(pictures, tmp_path, capsys):
+    collapsed = {"name": f"{__name__}:Collapsed", "image_size": 16, "width": 8, "min_width": 8, "levels": [8, 8, 8]}
+    run = train(recipe(pictures, tmp_path / "collapsed", steps=2, tokenizer=collapsed))
+    line = "warning: 1 of 512 codes in use (perplexity 1.0): the codebook has collapsed;"
+    assert capsys.readouterr().out.count(line) == 2  # before training and at its end
+    (report,) = json.loads((run / "training" / "report.json").read_text())["scores"]
+    assert (report["protocol"]["codes_used"], report["protocol"]["perplexity"]) == (1 / 512, 1.0)
+    small = {"name": "fsq", "image_size": 16, "width": 8, "min_width": 8, "levels": [3, 3]}
+    train(recipe(pictures, tmp_path / "used", steps=2, tokenizer=small))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_every_codebook_is_scored():
+    tokenizer = get("fsq_split").tiny().eval()
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores, warning = score(tokenizer, images, batch_size=4)
+    codes, books = tokenizer.encode(images.float() / 255), tokenizer.token_codebook()
+    for book, size in enumerate(tokenizer.codebook_sizes):
+        _, counts = codes[:, books == book].unique(return_counts=True)
+        shares = counts / counts.sum()
+        assert scores[f"codes_used/codebook={book}"] == pytest.approx(len(counts) / size)
+        assert scores[f"perplexity/codebook={book}"] == pytest.approx((-(shares * shares.log()).sum()).exp().item())
+    assert warning is None and len(scores) == 6
 
 
 @pytest.mark.parametrize(

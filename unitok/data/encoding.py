@@ -6,6 +6,7 @@ Shapes: B pictures, H x W pixels, N tokens.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,16 @@ import numpy as np
 
 from unitok.data.schema import Document, parse_row
 from unitok.data.sources import Row, decode_image, read_bytes
+from unitok.nn.codes import CodebookUse, count_codes
 
 if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
     from unitok.tokenizers.base import ImageTokenizer
 
 _CACHE_BYTES = 512 << 20  # codes of earlier pictures kept, so that a picture met again is not encoded again
+_WAITING_BYTES = 256 << 20  # pixels that wait for others of their shape
 
 
 class Picture(NamedTuple):
@@ -29,11 +35,40 @@ class Picture(NamedTuple):
     words: str | None
 
 
+def as_pixels(tokenizer: ImageTokenizer, image: Image.Image, native: bool = False) -> Tensor:
+    """A picture as the tokenizer takes it, float [3, H, W] in [0, 1]: fitted to its size, or as large as it is.
+
+    native: unscaled, its centre cut to the largest multiples of the stride. ValueError where it is smaller than that.
+    """
+    if not native:
+        return tokenizer.preprocess(image)
+    from unitok.tokenizers.base import to_rgb, to_tensor
+
+    image, stride = to_rgb(image), tokenizer.stride
+    width, height = (side // stride * stride for side in image.size)
+    if not (width and height):
+        raise ValueError(f"picture of {image.width} x {image.height} pixels, expected at least {stride} a side")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return to_tensor(image.crop((left, top, left + width, top + height)))
+
+
+def check_native(tokenizer: ImageTokenizer) -> None:
+    """ValueError unless the tokenizer encodes pictures of any size."""
+    if not tokenizer.fully_convolutional:
+        raise ValueError(f"native sizes need a fully convolutional tokenizer; {type(tokenizer).__name__} takes "
+                         f"pictures of {tokenizer.image_size} pixels a side only")  # fmt: skip
+
+
 class Encoder:
     """Rows -> documents with codes. A shard depends on its rows and on the shards before it, on nothing else."""
 
-    def __init__(self, tokenizer: ImageTokenizer, name: str, batch_size: int, workers: int, strict: bool):
+    def __init__(
+        self, tokenizer: ImageTokenizer, name: str, batch_size: int, workers: int, strict: bool, native: bool = False
+    ):
+        if native:
+            check_native(tokenizer)
         self.tokenizer, self.name, self.batch_size, self.strict = tokenizer, name, batch_size, strict
+        self.native = native
         self.cache: dict[str, Picture] = {}  # by sha256, oldest first
         self.cached_bytes = self.distinct = 0
         self.books: dict[tuple[int, ...], np.ndarray] = {}
@@ -54,6 +89,7 @@ class Encoder:
         slots: list[str | ValueError] = []  # sha256 of each picture, or why it cannot be used
         fresh: dict[str, Picture] = {}
         waiting: dict[tuple[int, ...], dict[str, Any]] = {}  # by shape: pictures are batched as they come
+        held = 0  # bytes of those
 
         for slot, found in self._read(self._draft(rows, drafts, slots)):
             if isinstance(found, ValueError):
@@ -65,8 +101,15 @@ class Encoder:
                 continue
             batch = waiting.setdefault(tuple(pixels.shape), {})
             batch[sha256] = pixels
+            held += pixels.nbytes
             if len(batch) == self.batch_size:
-                fresh |= self._encode(waiting.pop(tuple(pixels.shape)))
+                full = tuple(pixels.shape)
+            elif held > _WAITING_BYTES and len(waiting) > 1:  # many shapes, each of few pictures
+                full = max(waiting, key=lambda shape: len(waiting[shape]) * math.prod(shape))
+            else:
+                continue
+            held -= sum(picture.nbytes for picture in waiting[full].values())
+            fresh |= self._encode(waiting.pop(full))
         for batch in waiting.values():
             fresh |= self._encode(batch)
 
@@ -130,7 +173,7 @@ class Encoder:
         try:
             data = read_bytes(image)
             sha256 = hashlib.sha256(data).hexdigest()
-            return sha256, None if sha256 in self.cache else self.tokenizer.preprocess(decode_image(data))
+            return sha256, None if sha256 in self.cache else as_pixels(self.tokenizer, decode_image(data), self.native)
         except ValueError as error:
             return error
 
@@ -159,14 +202,17 @@ class Encoder:
 
     def absorb(self, pictures: Iterable[tuple[Any, Any, Any, str | None]]) -> None:
         """Remember a finished shard's pictures (sha256, codes, grid, words), count their codes; so after a restart."""
+        fresh: dict[tuple[int, ...], list[np.ndarray]] = {}  # by grid
         for sha256, codes, grid, words in pictures:
             if sha256 not in self.cache:
                 self.cache[sha256] = Picture(codes, grid, words)
                 self.cached_bytes += codes.nbytes
                 self.distinct += 1
-                books = self._books(tuple(grid))
-                for book, counts in enumerate(self.counts):
-                    counts += np.bincount(codes[books == book], minlength=len(counts))
+                fresh.setdefault(tuple(grid), []).append(codes)
+        for grid, met in fresh.items():
+            found = count_codes(np.stack(met), self._books(grid), self.tokenizer.codebook_sizes)
+            for counts, more in zip(self.counts, found, strict=True):
+                counts += more
         while self.cached_bytes > _CACHE_BYTES:
             self.cached_bytes -= self.cache.pop(next(iter(self.cache))).codes.nbytes
 
@@ -177,12 +223,8 @@ class Encoder:
         return self.books[grid]
 
     def census(self) -> list[dict[str, Any]]:
-        """Of each codebook over distinct pictures: its size, codes used and dead, and the entropy of their use."""
-        found = []
-        for book, counts in enumerate(self.counts):
-            used = int((counts > 0).sum())
-            shares = counts[counts > 0] / max(1, counts.sum())
-            entropy = float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0.0
-            found.append({"codebook": book, "size": len(counts), "used": used, "dead": len(counts) - used,
-                          "entropy": round(entropy, 6)})  # fmt: skip
-        return found
+        """Of each codebook over distinct pictures: its size, codes used and dead, entropy (bits), perplexity."""
+        uses = map(CodebookUse.of, self.counts)
+        return [{"codebook": book, "size": use.size, "used": use.used, "dead": use.dead,
+                 "entropy": round(use.entropy, 6), "perplexity": round(use.perplexity, 6)}
+                for book, use in enumerate(uses)]  # fmt: skip

@@ -26,6 +26,7 @@ from unitok.data.encoding import Encoder
 from unitok.data.schema import Document, Part
 from unitok.data.sources import find, fingerprint, read_source
 from unitok.manifest import FILE, Manifest
+from unitok.nn.codes import CodebookUse
 
 if TYPE_CHECKING:
     from unitok.tokenizers.base import ImageTokenizer
@@ -39,17 +40,18 @@ def tokenize(
     data: str | Path, tokenizer: str | Path | ImageTokenizer, out: str | Path, *,
     workers: int = 0, strict: bool = False, batch_size: int = 64, columns: Mapping[str, str] | None = None,
     name: str | None = None, limit: int | None = None, device: str = "cpu", shard_rows: int = SHARD_ROWS,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    native: bool = False, report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the token shards of a source into the folder `out`, or go on where an earlier run stopped.
 
     tokenizer: a folder, a Hub id, or a loaded tokenizer. name: what the shards call it (default: as its manifest
     does). workers: threads that read and resize pictures. limit: the first source rows only. strict: ValueError at
     the first row that cannot be used, instead of a line in quarantine.jsonl. report: called with the counts so far
-    after each shard. Identical pictures are encoded once.
+    after each shard. native: pictures as large as they are, cut to multiples of the stride; each part has its own
+    grid. Identical pictures are encoded once.
 
     Returns the counts (rows, documents, quarantined, images, distinct, tokens, shards), the census of the codebooks
-    over distinct pictures (used, dead, entropy in bits), and seconds.
+    over distinct pictures (used, dead, entropy in bits, perplexity), and seconds.
     ValueError where `out` was begun with another source, tokenizer or setting, or no row can be used.
     """
     begun, out = time.perf_counter(), Path(out)
@@ -57,14 +59,14 @@ def tokenize(
     own_name, section, licences = _identity(tokenizer)
     name = name or own_name.split(":")[-1]  # a class outside the registry is named module:Class
     job = {"format": FORMAT, "tokenizers": {name: section}, "source": fingerprint(data), "columns": dict(columns or {}),
-           "limit": limit, "shard_rows": shard_rows}  # fmt: skip
+           "limit": limit, "shard_rows": shard_rows, **({"native": True} if native else {})}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with _Folder(out, job) as folder:
         resumed = folder.counts()["rows"]
         if folder.done is None:
             place = {"path": str(tokenizer)} if isinstance(tokenizer, str | Path) else {}  # for who wants to look
             Manifest(tokenizers={name: {**section, **place}}, licences=licences).save(out)
-            encoder = Encoder(_open(tokenizer, device), name, batch_size, workers, strict)
+            encoder = Encoder(_open(tokenizer, device), name, batch_size, workers, strict, native)
             for shard in folder.shards:
                 encoder.absorb(_Columns(out / shard["file"]).pictures())
             rows = islice(read_source(data, columns), resumed, limit)
@@ -80,10 +82,17 @@ def tokenize(
 
 def summary_line(summary: Mapping[str, Any]) -> str:
     """The counts of `tokenize` in one line."""
-    census = "; ".join(f"{c['used']} of {c['size']} codes used, {c['entropy']:.2f} bits" for c in summary["census"])
     bad = f"{summary['quarantined']} rows in {QUARANTINE}" if summary["quarantined"] else "no row left out"
     return (f"{summary['documents']} documents from {summary['rows']} rows in {summary['shards']} shards, "
-            f"{summary['images']} images ({summary['distinct']} distinct), {bad}; {census}")  # fmt: skip
+            f"{summary['images']} images ({summary['distinct']} distinct), {bad}")  # fmt: skip
+
+
+def census_line(summary: Mapping[str, Any]) -> str:
+    """The census of `tokenize` in one line: codes used and dead, and their entropy, over distinct pictures."""
+    uses = [str(CodebookUse(book["size"], book["used"], book["entropy"])) for book in summary["census"]]
+    if len(uses) > 1:
+        uses = [f"codebook {number}: {use}" for number, use in enumerate(uses)]
+    return "; ".join(uses)
 
 
 def read_shards(path: str | Path) -> Shards:
@@ -221,9 +230,9 @@ def _same_job(then: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         begun.check(wanted, what=(str(out), "this run"))
     except ValueError as error:
         raise ValueError(f"{out} was begun with another tokenizer: {error}{advice}") from None
-    for key in ("columns", "limit", "shard_rows"):
-        if then[key] != now[key]:
-            raise ValueError(f"{out} was begun with {key} {then[key]}, not {now[key]}{advice}")
+    for key in ("columns", "limit", "shard_rows", "native"):
+        if then.get(key, False) != now.get(key, False):
+            raise ValueError(f"{out} was begun with {key} {then.get(key, False)}, not {now.get(key, False)}{advice}")
     old, new = ({name: rest for name, *rest in job["source"]} for job in (then, now))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:

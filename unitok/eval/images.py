@@ -1,42 +1,99 @@
-"""Reconstruction: how much of a picture a tokenizer's codes keep. PSNR and SSIM beside the block-mean picture.
+"""Reconstruction: how much of a picture a tokenizer's codes keep, beside the block-mean picture, and at what price.
 
-Shapes: images float [B, 3, H, W] in [0, 1]; h, w token grid.
+Shapes: images float [B, 3, H, W] in [0, 1]; h, w token grid; N tokens, V codes of a codebook.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unitok.config import DataSource
+from unitok.data.encoding import as_pixels, check_native
 from unitok.data.sources import read_image
+from unitok.detokenizers.base import Condition, load_detokenizer
 from unitok.eval.progress import batches
-from unitok.eval.results import Score, summarise
+from unitok.eval.results import Score, summarise, write_results
 from unitok.eval.rows import load_rows, rows_hash, subset
-from unitok.tokenizers.base import to_pil
+from unitok.nn.codes import CodebookUse, bits, count_codes
+from unitok.nn.perceptual import Perceptual
+from unitok.tokenizers.base import load_tokenizer, to_pil
 
 SHEET = "reconstructions.png"
+SHOWN = 12  # pictures on it
+NATIVE_CELL = 256  # pixels on it of a picture of any size
+ARMS = ("codes", "block_mean", "one_colour")
 PSNR_CAP = 100.0  # dB given to equal pictures, whose PSNR is infinite
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
 def run(model, recipe) -> list[Score]:
-    """PSNR (dB) and SSIM of encode -> decode; baselines: block means at the token grid, and one colour a picture.
+    """The scores of `evaluate` for one recipe. `recipe.options`: perceptual (what `Perceptual.open` takes), native.
 
     `model` is an ImageTokenizer, or anything with one as `.image_tokenizer`. Writes a contact sheet into `recipe.out`.
     """
+    options = dict(recipe.options)
+    if unknown := sorted(set(options) - {"perceptual", "native"}):
+        raise ValueError(f"task images: unknown option {unknown[0]!r}; known: native, perceptual")
     tokenizer = getattr(model, "image_tokenizer", model)
+    network = Perceptual.open(options["perceptual"]) if options.get("perceptual") else None
     out = Path(recipe.out) if recipe.out else None
     rows = subset(load_rows(recipe.data, "picture", out=out), recipe.n, recipe.seed)
-    sheet = out / SHEET if out else None
-    return evaluate(tokenizer, rows, batch_size=recipe.batch_size, seed=recipe.seed, sheet=sheet)
+    return evaluate(
+        tokenizer, rows, batch_size=recipe.batch_size, seed=recipe.seed, sheet=out / SHEET if out else None,
+        perceptual=network, native=bool(options.get("native", False)),
+    )  # fmt: skip
+
+
+def reconstruct(
+    tokenizer: str | Path, sources: Sequence[str], out: Path, *, detokenizer: str | None = None,
+    perceptual: str | None = None, native: bool = False, device: str = "cpu",
+) -> tuple[list[Score], list[Path]]:  # fmt: skip
+    """The scores of a saved tokenizer on the pictures of `sources`, and the files written: the sheet, results.json.
+
+    Every reconstruction goes into `out`/pictures. detokenizer: draws in place of the tokenizer's decoder.
+    perceptual: what `Perceptual.open` takes.
+    """
+    begun = time.perf_counter()
+    own = load_tokenizer(tokenizer, device)
+    decode = detokenize(own, load_detokenizer(detokenizer, device)) if detokenizer else None
+    network = Perceptual.open(perceptual) if perceptual else None
+    rows = load_rows([DataSource(path=path) for path in sources], "picture", out=out)
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    names = {row["id"]: f"{number:05d}.png" for number, row in enumerate(rows)}
+    scores = evaluate(
+        own, rows, sheet=out / SHEET, decode=decode, perceptual=network, native=native,
+        keep=lambda row_id, picture: to_pil(picture).save(pictures / names[row_id]),
+    )  # fmt: skip
+    return scores, [out / SHEET, write_results(out, scores, {"reconstruct": time.perf_counter() - begun})]
+
+
+def detokenize(tokenizer, detokenizer) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """Codes, grid -> pictures of a detokenizer, at the size that the tokenizer decodes this grid to."""
+
+    def decode(codes: Tensor, grid: tuple[int, ...]) -> Tensor:
+        vectors = tokenizer.embed(codes, grid) if "vectors" in detokenizer.takes else None
+        texts = tokenizer.to_text(codes) if "texts" in detokenizer.takes else None
+        condition = Condition(codes=codes, grid=grid, vectors=vectors, texts=texts)
+        drawn = detokenizer.generate(condition, seeds=[0] * len(codes))
+        size = (tokenizer.image_size,) * 2
+        if tokenizer.fully_convolutional:
+            size = (grid[0] * tokenizer.stride, grid[1] * tokenizer.stride)
+        same = tuple(drawn.shape[-2:]) == size
+        return drawn if same else F.interpolate(drawn, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    return decode
 
 
 @torch.no_grad()
@@ -49,74 +106,117 @@ def evaluate(
     sheet: Path | None = None,
     decode: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
     keep: Callable[[str, Tensor], None] | None = None,
+    perceptual: Perceptual | None = None,
+    native: bool = False,
 ) -> list[Score]:
     """Scores over `rows` ({"id", "image"}); the reference is each picture as the tokenizer's preprocessing fits it.
 
+    Of the pictures: psnr (dB, the mean of each one's), ssim and, with a network, perceptual; baselines: block means at
+    the token grid, and one colour a picture. Of each codebook over all codes: codes_used (a share) and perplexity, each
+    beside what as many codes drawn evenly would have. bits_per_image: log2 of its codebook's size for every token.
+
     decode: codes, grid -> pictures, in place of the tokenizer's own. keep: called with each id and reconstruction.
-    Pictures that cannot be read are left out and counted on stderr; ValueError where none can.
+    native: pictures as large as they are, cut to multiples of the stride. Pictures that cannot be read are left out and
+    counted on stderr; ValueError where none can.
     """
+    if native:
+        check_native(tokenizer)
     decode = tokenizer.decode if decode is None else decode
     device = next(tokenizer.parameters(), torch.empty(0)).device
     was_training = tokenizer.training
     tokenizer.eval()
-    arms = ("codes", "block_mean", "one_colour")
-    psnrs: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    ssims: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    grids: dict[tuple[int, ...], int] = {}
-    shown: dict[str, Tensor] | None = None
+    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+    if perceptual is not None:
+        network = perceptual.to(device)
+        metrics["perceptual"] = lambda made, images: network(made.to(device), images.to(device)).cpu()
+    values: dict[str, dict[str, dict[str, float]]] = {name: {arm: {} for arm in ARMS} for name in metrics}
+    sizes = tuple(tokenizer.codebook_sizes)
+    counts = [np.zeros(size, dtype=np.int64) for size in sizes]
+    spent: dict[str, dict[str, float]] = {"bits_per_image": {}, "bits_per_pixel": {}}
+    grids: list[tuple[int, ...]] = []
+    shown: dict[str, list[Tensor]] = {"original": [], "codes": [], "block mean": []}
     bad: list[ValueError] = []
     for asked in batches(rows, batch_size, "reconstruct"):
-        read = [(row, _read(tokenizer, row)) for row in asked]
-        bad += [fault for _, fault in read if isinstance(fault, ValueError)]
-        batch = [row for row, image in read if isinstance(image, Tensor)]
-        if not batch:
-            continue
-        images = torch.stack([image for _, image in read if isinstance(image, Tensor)])  # [B, 3, H, W]
-        grid = tuple(tokenizer.grid(*images.shape[-2:]))
-        grids[grid] = grids.get(grid, 0) + len(batch)
-        made = decode(tokenizer.encode(images.to(device)), grid).float().cpu()
-        if keep is not None:
-            for row, picture in zip(batch, made, strict=True):
-                keep(row["id"], picture)
-        pictures = {"codes": made, "block_mean": block_mean(images, grid), "one_colour": block_mean(images, (1, 1))}
-        for arm, picture in pictures.items():
-            for table, metric in ((psnrs, psnr), (ssims, ssim)):
-                table[arm].update(zip((row["id"] for row in batch), metric(picture, images).tolist(), strict=True))
-        if shown is None:
-            shown = {"original": images, "codes": made, "block mean": pictures["block_mean"]}
+        shapes: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        for row in asked:
+            try:
+                image = as_pixels(tokenizer, read_image(row["image"]), native)
+                _check_size(image)
+            except ValueError as error:
+                bad.append(error)
+            else:
+                shapes.setdefault(tuple(image.shape), []).append((row["id"], image))
+        for batch in shapes.values():
+            ids = [row_id for row_id, _ in batch]
+            images = torch.stack([image for _, image in batch])  # [B, 3, H, W]
+            grid = tuple(tokenizer.grid(*images.shape[-2:]))
+            grids += [grid] if grid not in grids else []
+            codes = tokenizer.encode(images.to(device))  # [B, N]
+            made = decode(codes, grid).float().cpu()
+            if keep is not None:
+                for row_id, picture in zip(ids, made, strict=True):
+                    keep(row_id, picture)
+            pictures = {"codes": made, "block_mean": block_mean(images, grid), "one_colour": block_mean(images, (1, 1))}
+            for name, metric in metrics.items():
+                for arm in ARMS:
+                    values[name][arm].update(zip(ids, metric(pictures[arm], images).tolist(), strict=True))
+            books = tokenizer.token_codebook(grid).numpy()
+            for total, more in zip(counts, count_codes(codes.cpu().numpy(), books, sizes), strict=True):
+                total += more
+            cost = bits(books, sizes)
+            spent["bits_per_image"].update(dict.fromkeys(ids, cost))
+            spent["bits_per_pixel"].update(dict.fromkeys(ids, cost / math.prod(images.shape[-2:])))
+            for label, strip in zip(shown, (images, made, pictures["block_mean"]), strict=True):
+                shown[label] += list(strip[: SHOWN - len(shown[label])])
     tokenizer.train(was_training)
     if bad and len(bad) == len(rows):
         raise ValueError(f"none of {len(rows)} pictures can be read; the first: {bad[0]}")
     if bad:
         print(f"{len(bad)} of {len(rows)} pictures cannot be read; the first: {bad[0]}", file=sys.stderr)
-        rows = [row for row in rows if row["id"] in psnrs["codes"]]
-    if sheet is not None and shown is not None:
+        rows = [row for row in rows if row["id"] in values["psnr"]["codes"]]
+    if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet({name: images[:12] for name, images in shown.items()}).save(sheet)
+        contact_sheet(shown, cell=NATIVE_CELL if native else None).save(sheet)
 
     protocol = {
         "data_hash": rows_hash(rows),
-        "image_size": tokenizer.image_size,
-        "resize": tokenizer.resize,
+        "image_size": None if native else tokenizer.image_size,
+        "resize": "native" if native else tokenizer.resize,
         "grid": [list(grid) for grid in grids],
         "tokens": [math.prod(grid) for grid in grids],
-        "codebook_sizes": list(tokenizer.codebook_sizes),
+        "codebook_sizes": list(sizes),
         "mean": "per image",
     }
+    notes: dict[str, dict[str, Any]] = {"psnr": {"unit": "dB"}, "ssim": {"unit": "1"}}
+    if perceptual is not None:
+        notes["perceptual"] = {"unit": "1", "network": perceptual.name, "smallest": perceptual.smallest}
     out = []
-    for name, unit, values in (("psnr", "dB", psnrs), ("ssim", "1", ssims)):
-        beside = {arm: values[arm] for arm in arms[1:]}
-        note = {**protocol, "unit": unit}
-        out.append(summarise(name, values["codes"], baselines=beside, protocol=note, proportion=False, seed=seed))
+    for name, note in notes.items():
+        beside = {arm: values[name][arm] for arm in ARMS[1:]}
+        out.append(summarise(name, values[name]["codes"], baselines=beside, protocol={**protocol, **note},
+                             proportion=False, seed=seed))  # fmt: skip
+    out += code_scores(counts, len(rows), protocol)
+    out += [summarise(name, each, protocol={**protocol, "unit": "bits"}, proportion=False, seed=seed)
+            for name, each in spent.items()]  # fmt: skip
     return out
 
 
-def _read(tokenizer, row: Mapping) -> Tensor | ValueError:
-    """float [3, H, W], or why there is none."""
-    try:
-        return tokenizer.preprocess(read_image(row["image"]))
-    except ValueError as error:
-        return error
+def code_scores(counts: Sequence[np.ndarray], pictures: int, protocol: Mapping[str, Any]) -> list[Score]:
+    """codes_used and perplexity of each codebook, int [V] counts; named NAME/codebook=K where there are several.
+
+    They are of the whole run and have no interval. The baseline `even` is even use by as many codes: the share that
+    even draws would meet on average, of few codes not all; the perplexity at most.
+    """
+    out = []
+    for book, met in enumerate(counts):
+        use, n = CodebookUse.of(met), int(met.sum())
+        suffix = f"/codebook={book}" if len(counts) > 1 else ""
+        told = {**protocol, "mean": "over all codes", "codes": n, "size": use.size, "used": use.used, "dead": use.dead,
+                "entropy": use.entropy, "interval": "none: counted over the whole run"}  # fmt: skip
+        even = {"codes_used": 1 - (1 - 1 / use.size) ** n, "perplexity": min(use.size, n)}
+        for name, value in (("codes_used", use.share), ("perplexity", use.perplexity)):
+            out.append(Score(name + suffix, value, pictures, (value, value), {"even": even[name]}, told))
+    return out
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -132,8 +232,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """SSIM of each image -> float64 [B]: Gaussian window 11, sigma 1.5, peak 1, population covariance (Wang 2004)."""
     _check_pair(images, reference)
-    if min(images.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(images.shape[-2:])}")
+    _check_size(images)
     x, y = images.double(), reference.double()
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     line = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
@@ -160,6 +259,11 @@ def block_mean(images: Tensor, grid: Sequence[int]) -> Tensor:
     if h > height or w > width:
         return images.clone()
     return F.interpolate(F.adaptive_avg_pool2d(images, (h, w)), size=(height, width), mode="nearest-exact")
+
+
+def _check_size(images: Tensor) -> None:
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(images.shape[-2:])}")
 
 
 def _check_pair(images: Tensor, reference: Tensor) -> None:

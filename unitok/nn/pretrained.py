@@ -92,6 +92,9 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
     def check_section(cls, section: Mapping[str, Any], folder: Path) -> None:
         """ValueError where the section of a folder says something of its numbers that this class does otherwise."""
 
+    def take_section(self, section: Mapping[str, Any]) -> None:
+        """Keep what the section of the folder says beside its numbers; called at the end of loading."""
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -149,6 +152,7 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         model._hub_mixin_config = {**config, **arguments}
         model.load_assets(folder / ASSETS)
         model.load_own_state(state, what=str(folder / WEIGHTS))
+        model.take_section(section)
         return model.to(map_location).eval()
 
 

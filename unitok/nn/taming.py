@@ -3,7 +3,7 @@
 Module names are the published ones, so that checkpoints of the family fit after little renaming. Levels count from 0,
 the full resolution; every further level halves it.
 
-Shapes: B images, H x W pixels, h x w positions (H and W over 2**(levels - 1)), Z latent channels.
+Shapes: B images, H x W pixels, h x w positions (H and W over patch * 2**(levels - 1)), Z latent channels.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class Encoder(nn.Module):
         blocks: residual blocks a level.
         attention: levels whose blocks are each followed by attention.
         middle_attention: whether the two blocks in the middle have attention between them.
+        patch: pixels a side that are laid into channels before the first convolution: published ones have 1; 2 makes
+            small ones several times faster.
     """
 
     def __init__(
@@ -114,10 +116,12 @@ class Encoder(nn.Module):
         attention: Sequence[int],
         middle_attention: bool,
         groups: int,
+        patch: int = 1,
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.unshuffle = nn.PixelUnshuffle(patch)
+        self.conv_in = nn.Conv2d(3 * patch**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         before = channels
         for i, width in enumerate(widths):
@@ -131,7 +135,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(before, latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(self.unshuffle(x))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -149,6 +153,7 @@ class Decoder(nn.Module):
         attention: Sequence[int],
         middle_attention: bool,
         groups: int,
+        patch: int = 1,
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -164,13 +169,14 @@ class Decoder(nn.Module):
             before = width
         self.up = nn.ModuleList(reversed(levels))  # published files count them from the highest resolution
         self.norm_out = normalisation(before, groups)
-        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(before, 3 * patch**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(patch)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.shuffle(self.conv_out(F.silu(self.norm_out(x))))
 
 
 def normalisation(width: int, groups: int) -> nn.GroupNorm:

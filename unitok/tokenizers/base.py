@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class ImageTokenizer(Pretrained):
     stages: tuple[str, ...] = ("main",)
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
     stride: int  # pixels a position and side, of a fully convolutional one
+    provenance: Mapping[str, Any] = MappingProxyType({})  # where converted weights came from; only informs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,7 +161,8 @@ class ImageTokenizer(Pretrained):
         from unitok import tokenizers
 
         name = tokenizers.name_of(type(self))
-        return Manifest(tokenizers={name: tokenizer_section(self)})
+        licence = self.provenance.get("licence")
+        return Manifest(tokenizers={name: tokenizer_section(self)}, licences=[licence] if licence else [])
 
     @staticmethod
     def section_of(manifest: Manifest) -> dict[str, Any] | None:
@@ -174,6 +177,9 @@ class ImageTokenizer(Pretrained):
                 f"{folder}: its codes stand in the order {order!r}, those of {cls.__name__} in {cls.token_order!r}; "
                 "use the version of unitok that made it, or train it again"
             )
+
+    def take_section(self, section: Mapping[str, Any]) -> None:
+        self.provenance = dict(section.get("source", {}))
 
 
 def _checked_encode(method: Callable) -> Callable:
@@ -223,6 +229,7 @@ def tokenizer_section(tokenizer: ImageTokenizer) -> dict[str, Any]:
         "vocabulary": tokenizer.vocabulary,
         **({"token_order": tokenizer.token_order} if tokenizer.token_order != ImageTokenizer.token_order else {}),
         **({"token_codebook": tokenizer.token_codebook().tolist()} if len(tokenizer.codebook_sizes) > 1 else {}),
+        **({"source": dict(tokenizer.provenance)} if tokenizer.provenance else {}),
     }
 
 

@@ -34,6 +34,8 @@ class DVAETokenizer(ImageTokenizer):
         width: channels of the first group; each further group of the encoder doubles them. A multiple of 4.
         groups, blocks: groups of blocks in encoder and decoder, and blocks in each; the stride is 2**(groups - 1).
         code_width: size of a code's vector, where the decoder begins.
+        decoder: False where published weights have none: codes can be made, and a code's vector is its row of the
+            encoder's last layer, but nothing can be decoded or trained.
         kl_weight: what the divergence reaches after `kl_warmup` steps; with the division by pixels in `loss` it is
             the paper's beta (6.6, which is beta / 192 between means of 256-pixel images).
         temperature: of the Gumbel softmax, first and last; it falls on a cosine over `temperature_steps`.
@@ -54,6 +56,7 @@ class DVAETokenizer(ImageTokenizer):
         temperature: Sequence[float] = (1.0, 1 / 16),
         temperature_steps: int = 150_000,
         resize: str = "crop-lanczos",
+        decoder: bool = True,
     ):
         super().__init__()
         parse_resize(resize)
@@ -74,22 +77,29 @@ class DVAETokenizer(ImageTokenizer):
         self.codebook_sizes = (vocab_size,)
         widths = [width << g for g in range(groups)]
         self.encoder = _encoder(widths, blocks, vocab_size)
-        self.decoder = _decoder(widths[::-1], blocks, vocab_size, code_width)
+        self.decoder = _decoder(widths[::-1], blocks, vocab_size, code_width) if decoder else None
 
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder(squeeze(images)).argmax(1).flatten(1)  # [B, h*w]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        if self.decoder is None:
+            raise NotImplementedError("this dVAE has an encoder only, so its codes need a detokenizer")
         vectors = self.embed(codes, grid).transpose(1, 2).unflatten(2, self.check_grid(grid))  # [B, C, h, w]
         location = self.decoder[1:](vectors)[:, :3]
         return unsqueeze(location.float().sigmoid())
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        if self.decoder is None:
+            last: Any = self.encoder.output
+            return F.embedding(codes, last.conv.weight[:, :, 0, 0])  # [B, h*w, C]
         book: Any = self.decoder.input
         return F.embedding(codes, book.weight[:, :, 0, 0].T) + book.bias  # [B, h*w, C]
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """(-ln p summed over pixels and colours + weight * divergence summed over positions), a pixel and colour."""
+        if self.decoder is None:
+            raise ValueError("this dVAE has an encoder only: it cannot be trained")
         pixels = squeeze(batch["images"])
         logits = self.encoder(pixels).float()  # [B, V, h, w]
         tau, weight = self.schedules(step)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unitok.nn import quantizers
 from unitok.nn.adversary import PatchCritic, adaptive_weight
 from unitok.nn.blocks import psnr
+from unitok.nn.perceptual import Perceptual
 from unitok.nn.taming import Decoder, Encoder
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
@@ -28,12 +29,12 @@ class VQGANTokenizer(ImageTokenizer):
     """The defaults are taming's f16 with 1,024 codes.
 
     Args:
-        image_size: pixels a side, a multiple of the stride 2**(len(multipliers) - 1); others can be encoded too.
+        image_size: pixels a side, a multiple of the stride, patch * 2**(len(multipliers) - 1); others can be encoded.
         channels, multipliers, blocks: level i (0 is full resolution) has `blocks` residual blocks of channels *
             multipliers[i] channels, one more in the decoder.
         latent: channels that leave the encoder; `pointwise` 1 x 1 convolutions lead from them to a code's vector and
             back. Without them `latent` is the size of a code's vector.
-        attention: levels whose blocks are each followed by attention.
+        attention: levels whose blocks are each followed by attention. patch: as in nn/taming.py.
         quantizer: one of nn/quantizers.py: vq, ema, simvq, rvq, gumbel, fsq, lfq, bsq.
         codebook_size, code_dim: of vq, ema, simvq, rvq, gumbel. depth: codes a position, of rvq.
         normalize: look codes up by their angle; vq and ema.
@@ -42,7 +43,7 @@ class VQGANTokenizer(ImageTokenizer):
         beta: weight of the commitment; `legacy` swaps it onto the codes, as taming's released code does.
         revive: codes that fall out of use become vectors of the batch; for vq, after so many steps without use; for
             ema and rvq, where the moving count of a code falls below it. 0 never does.
-        entropy_weight: of lfq and bsq. kl_weight, temperature, temperature_steps: of gumbel.
+        entropy_weight, entropy_temperature: of lfq and bsq. kl_weight, temperature, temperature_steps: of gumbel.
         pixel: "l1" or "l2". perceptual: a network for nn/perceptual.py, read when training begins; none is shipped.
         adversarial_weight: 0 trains without adversary; it joins after `adversary_start` steps.
         adversary_adaptive: weigh it by the ratio of gradients at the decoder's last layer.
@@ -61,6 +62,7 @@ class VQGANTokenizer(ImageTokenizer):
         latent: int = 256,
         attention: Sequence[int] = (4,),
         middle_attention: bool = True,
+        patch: int = 1,
         norm_groups: int = 32,
         pointwise: bool = True,
         quantizer: str = "vq",
@@ -75,6 +77,7 @@ class VQGANTokenizer(ImageTokenizer):
         legacy: bool = False,
         revive: float = 0,
         entropy_weight: float = 0.1,
+        entropy_temperature: float = 0.01,
         kl_weight: float = 5e-4,
         temperature: Sequence[float] = (1.0, 1 / 16),
         temperature_steps: int = 10_000,
@@ -90,9 +93,10 @@ class VQGANTokenizer(ImageTokenizer):
     ):
         super().__init__()
         parse_resize(resize)
-        self.stride = 2 ** (len(multipliers) - 1)
+        self.stride = patch * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
         for name, value, fits in (
+            ("patch", patch, patch > 0),
             ("multipliers", multipliers, len(multipliers) > 0 and min(multipliers) > 0),
             ("image_size", image_size, image_size >= self.stride and image_size % self.stride == 0),
             ("attention", attention, all(0 <= level < len(multipliers) for level in attention)),
@@ -111,7 +115,12 @@ class VQGANTokenizer(ImageTokenizer):
             "simvq": {"beta": beta},
             "rvq": {"beta": beta, "revive_below": revive},
             "gumbel": {"kl_weight": kl_weight, "temperature": temperature, "temperature_steps": temperature_steps},
-            "lfq": {"beta": beta, "entropy_weight": entropy_weight, "lsb_first": lsb_first},
+            "lfq": {
+                "beta": beta,
+                "entropy_weight": entropy_weight,
+                "entropy_temperature": entropy_temperature,
+                "lsb_first": lsb_first,
+            },
         }
         options["bsq"] = options["lfq"]
         self.quantize = quantizers.make(
@@ -122,7 +131,7 @@ class VQGANTokenizer(ImageTokenizer):
         dim = self.quantize.dim
         if not pointwise and latent != dim:
             raise ValueError(f"vqgan without pointwise convolutions needs latent = {dim}, the size of a code's vector")
-        shape = (channels, tuple(multipliers), blocks, latent, tuple(attention), middle_attention, norm_groups)
+        shape = (channels, tuple(multipliers), blocks, latent, tuple(attention), middle_attention, norm_groups, patch)
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
         self.quant_conv = nn.Conv2d(latent, dim, 1) if pointwise else None
         self.post_quant_conv = nn.Conv2d(dim, latent, 1) if pointwise else None
@@ -190,8 +199,6 @@ class VQGANTokenizer(ImageTokenizer):
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _distance(self, images: Tensor, reference: Tensor) -> Tensor:
-        from unitok.nn.perceptual import Perceptual
-
         assert self.perceptual is not None
         network = self._network or Perceptual.open(self.perceptual).to(images.device)
         object.__setattr__(self, "_network", network)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from unitok import checkpoint, tokenizers
 from unitok.config import TokenizerRecipe
+from unitok.nn.codes import CodebookUse, collapse_warning, count_codes
 from unitok.tokenizers.base import ImageTokenizer, load_tokenizer, to_pil
 from unitok.training.ema import Ema
 from unitok.training.pictures import Pictures
@@ -210,7 +211,9 @@ class TokenizerRun:
                 if self.step == 0:
                     print(f"no sample pictures: {error}", flush=True)
                 return {}
-            scores = score(self.tokenizer, held, self.recipe.batch_size) if len(held) else {}
+            scores, warning = score(self.tokenizer, held, self.recipe.batch_size) if len(held) else ({}, None)
+        if warning:
+            print(warning, flush=True)
         buffer = BytesIO()
         to_pil(sheet).save(buffer, "png")
         checkpoint.write_atomic(self.folder / "samples" / f"step-{self.step:07d}.png", buffer.getvalue())
@@ -310,7 +313,7 @@ class TokenizerRun:
     def _report(self) -> dict[str, Any]:
         held, scores = self.pictures.held_out, []
         if len(held) and self.untrained:
-            found = score(self.tokenizer, held, self.recipe.batch_size)
+            found, _ = score(self.tokenizer, held, self.recipe.batch_size)
             flat = held.float().div(255)
             mean_colour = psnr(flat.mean(dim=(2, 3), keepdim=True).expand_as(flat), flat).mean().item()
             margin = 1.96 * found.pop("psnr_error")
@@ -380,24 +383,28 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> dict[str, float]:
-    """uint8 [n, 3, S, S] -> PSNR in dB (mean over pictures, and its standard error), the share of codes in use, and
-    the perplexity of the codes (over the first codebook where there are several)."""
+def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> tuple[dict[str, float], str | None]:
+    """uint8 [n, 3, S, S] -> scores, and a line of warning where a codebook has collapsed.
+
+    PSNR in dB (mean over pictures, and its standard error); of the codes the share in use and the perplexity, named
+    NAME/codebook=K where there are several codebooks.
+    """
     psnrs, codes = [], []
     for chunk in images.split(batch_size):
         originals = chunk.to(tokenizer.device).float() / 255
         found = tokenizer.encode(originals)
         psnrs.append(psnr(tokenizer.decode(found), originals).cpu())
         codes.append(found.cpu())
-    values, first = torch.cat(psnrs), tokenizer.token_codebook() == 0
-    counts = torch.bincount(torch.cat(codes)[:, first].flatten(), minlength=tokenizer.codebook_sizes[0]).float()
-    share = counts / counts.sum()
-    return {
+    values, books = torch.cat(psnrs), tokenizer.token_codebook().numpy()
+    counts = count_codes(torch.cat(codes).numpy(), books, tokenizer.codebook_sizes)
+    scores = {
         "psnr": values.mean().item(),
         "psnr_error": (values.std(unbiased=False) / math.sqrt(len(values))).item(),
-        "codes_used": (counts > 0).float().mean().item(),
-        "perplexity": torch.exp(-torch.xlogy(share, share).sum()).item(),
     }
+    for book, use in enumerate(map(CodebookUse.of, counts)):
+        suffix = f"/codebook={book}" if len(counts) > 1 else ""
+        scores |= {f"codes_used{suffix}": use.share, f"perplexity{suffix}": use.perplexity}
+    return scores, collapse_warning(counts)
 
 
 @contextmanager
