@@ -5,6 +5,8 @@
 Trains on rows 0 to 17,999 of cifar10_jpg and scores the hard codes on rows 18,000 to 19,999: 8 x 8 positions, at most
 1,024 bits a picture, no perceptual loss, no adversary. A finished training is not run again. `ours` and `peer` are PSNR
 in dB (mean of per-picture values); `ratio` is the block mean's error over ours. Prints a line a run and a table.
+
+`collapsed` begins with 512 codes that are all equal and trains 500 steps: the log warns, and its use must come back.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
+from unitok.config import load_recipe
 from unitok.eval.images import evaluate
 from unitok.tokenizers.base import load_tokenizer
+from unitok.training.tokenizer import build
 
 VQGAN, DVAE = "tokenizers/cifar10_vqgan.yaml", "tokenizers/cifar10_dvae.yaml"
 FIRST = 18_000  # of the scored rows
@@ -41,6 +45,7 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
                     "tokenizer.revive": 0.1}),
     "gumbel": (VQGAN, {"tokenizer.quantizer": "gumbel", "tokenizer.code_dim": 64, "tokenizer.temperature_steps": 1600}),
     "fsq-long": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "steps": 8000}),
+    "collapsed": (VQGAN, {"tokenizer.codebook_size": 512, "tokenizer.normalize": False, "steps": 500}),
 }  # fmt: skip
 COLUMNS = {
     "bits": ("bits_per_image", ".0f"), "PSNR": ("ours", ".2f"), "block mean": ("peer", ".2f"), "SSIM": ("ssim", ".3f"),
@@ -68,7 +73,10 @@ def main() -> None:
 def row(name: str, out: Path, rows: list[dict]) -> dict:
     recipe, changes = SETTINGS[name]
     if not (out / "unitok.json").is_file():
-        overrides = [f"{key}={json.dumps(value)}" for key, value in {**changes, "out": str(out)}.items()]
+        changes = {**changes, "out": str(out)}
+        if name == "collapsed":
+            changes["init_from"] = str(all_equal(out.with_name("all_equal"), recipe, changes))
+        overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         subprocess.run([sys.executable, "-m", "unitok", "train", recipe, *overrides], check=True, stdout=sys.stderr)
     scores = {s.name: s for s in evaluate(load_tokenizer(out), rows, batch_size=100, sheet=out / "scored.png")}
     psnr, flat = scores["psnr"].value, scores["psnr"].baselines["block_mean"]
@@ -83,6 +91,15 @@ def row(name: str, out: Path, rows: list[dict]) -> dict:
     }  # fmt: skip
     print(json.dumps(line), flush=True)
     return line
+
+
+def all_equal(folder: Path, recipe: str, changes: dict[str, object]) -> Path:
+    """The recipe's tokenizer before training, with one vector for all of its codes."""
+    plan = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    tokenizer = build(plan)
+    tokenizer.quantize.embedding.weight.data.fill_(0.1)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 if __name__ == "__main__":
