@@ -44,7 +44,7 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "rvq": (VQGAN, {"tokenizer.quantizer": "rvq", "tokenizer.codebook_size": 256, "tokenizer.depth": 2,
                     "tokenizer.revive": 0.1}),
     "gumbel": (VQGAN, {"tokenizer.quantizer": "gumbel", "tokenizer.code_dim": 64, "tokenizer.temperature_steps": 1600}),
-    "fsq-long": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "steps": 8000}),
+    "fsq-long": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "steps": 6000}),
     "collapsed": (VQGAN, {"tokenizer.codebook_size": 512, "tokenizer.normalize": False, "steps": 500}),
 }  # fmt: skip
 COLUMNS = {

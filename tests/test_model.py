@@ -4,13 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import unitok
 from unitok import weights
 from unitok.checkpoint import read_json, write_json
+from unitok.data.render import IMAGE, TEXT, render
 from unitok.data.scenes import random_scene, render_scene
-from unitok.data.schema import text_part
+from unitok.data.schema import codes_part, text_part
 from unitok.lm.expand import expand_folder
 from unitok.manifest import FILE
 from unitok.tokenizers.fsq import FSQTokenizer
@@ -142,6 +144,36 @@ def test_bad_calls_are_one_line(model, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="torn.png"):
         model.answer(tmp_path / "torn.png", "what colour is the cross?")
+
+
+def test_of_several_candidates_the_one_that_is_liked_best_is_kept(model):
+    prompts = ["a red circle", "there is a small blue cross left of a large red square"]
+    offered = model.candidates(prompts, 3, seeds=[5, 6], guidance=2.0)
+    likes = np.array([[like for _, like in of_one] for of_one in offered])  # [2, 3]
+    assert likes.shape == (2, 3) and (likes < 0).all() and len(np.unique(likes)) == 6
+    best = [of_one[k][0] for of_one, k in zip(offered, likes.argmax(1), strict=True)]
+    kept = model.images(prompts, candidates=3, seed=[5, 6], guidance=2.0)
+    assert pixels(kept) == pixels(best)
+    assert pixels(model.images(prompts, seed=[5, 6], guidance=2.0)) == pixels([of_one[0][0] for of_one in offered])
+    with pytest.raises(ValueError, match="candidates .* text alone"):
+        model.images([["what is it?", kept[0]]], candidates=2)
+    with pytest.raises(ValueError, match="candidates must be 1 or more, got 0"):
+        model.images(prompts, candidates=0)
+
+
+def test_a_candidate_is_liked_by_its_reading_and_a_little_by_its_drawing(model):
+    blocks, likes = model._drawn(["a red circle"], [3], 2, weights.NAME)
+    for (name, codes, grid), like in zip(blocks, likes[0], strict=True):
+        picture, text = codes_part(codes.astype(np.int32), grid, name), text_part("a red circle")
+        sums = []
+        for parts, modality in (([picture, text], TEXT), ([text, picture], IMAGE)):
+            rendered = render(parts, model.vocab, model.text_tokenizer, model.template)
+            ids = torch.from_numpy(np.asarray(rendered.ids)).long()
+            with torch.no_grad():
+                logp = model.lm(ids[None]).logits[0, :-1].log_softmax(-1)
+            counts = torch.from_numpy(rendered.modality == modality)[1:]
+            sums.append(logp.gather(1, ids[1:, None])[counts].sum().item())
+        assert like == pytest.approx(sums[0] + 0.1 * sums[1], abs=1e-3)
 
 
 def test_of_several_image_tokenizers_one_serves(scene_model, tmp_path, pictures):

@@ -373,6 +373,7 @@ def sample(
     top_p: Annotated[float, Option("--top-p", min=0, max=1, help="The likeliest codes of this mass only.")] = 1.0,
     seed: Annotated[int, Option("--seed", help="The same seed draws the same pictures.")] = 0,
     n: Annotated[int, Option("--n", min=1, help="Pictures a prompt.")] = 1,
+    candidates: Annotated[int, Option("--candidates", min=1, help="Draw so many for each, keep the likeliest.")] = 1,
     tokenizer: Which = None,
 ) -> None:
     """Draw pictures of prompts; prints the names of the files."""
@@ -382,7 +383,7 @@ def sample(
     given = [image_part(read_image(file), loss=False) for file in image or ()]
     drawn = _open(model, tokenizer).images(
         [[*given, text_part(prompt)] for prompt in prompts], n=n, guidance=guidance, temperature=temperature,
-        top_k=top_k, top_p=top_p, seed=seed,
+        top_k=top_k, top_p=top_p, seed=seed, candidates=candidates,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(drawn):

@@ -175,6 +175,7 @@ class EvaluationRecipe(Section):
     shots: int = Field(0, ge=0)
     batch_size: Count = 16
     guidance: float | tuple[float, float] = 1.0  # one scale; or, of pictures, (text, image)
+    candidates: Count = 1  # drawings of a prompt, of which the model keeps the one it likes best
     temperature: float | None = Field(None, ge=0)  # None: the task's own; questions and captions are greedy
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -32,10 +32,11 @@ PICTURES = {"train": 8000, "validation": 100, "test": 600}
 SHOTS = 4000  # interleaved documents
 SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
 DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
+CANDIDATES = 4  # the tuned model draws so many pictures of a prompt and keeps the one it reads best
 ANSWER = {"guidance": 1.5}  # of the tuned model's text, against no picture; chosen there too
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
-SHOT_QUESTIONS = 400  # of them with shots, which cost five pictures each
+SHOT_QUESTIONS = 200  # of them with shots, which cost five pictures each
 BATCH = 200
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -138,7 +139,14 @@ class Demo:
     def _asked(self) -> str:
         recipe = tuning(self.out, self.base).model_dump(mode="json")
         base = None if self.from_scratch else read_json(self.base / "unitok.json")
-        said = {"pictures": PICTURES, "shots": SHOTS, "draw": DRAW, "answer": ANSWER, "base": base}
+        said = {
+            "pictures": PICTURES,
+            "shots": SHOTS,
+            "draw": DRAW,
+            "candidates": CANDIDATES,
+            "answer": ANSWER,
+            "base": base,
+        }
         return config_hash({"recipe": recipe, **said})
 
     # ---- stages
@@ -205,7 +213,8 @@ class Demo:
 
         prompts = text_to_image.load_prompts(sources("test_prompts.jsonl"))
         with self._step("pictures of held-out pairs"):
-            scores = text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=DRAW, out=place / "images")
+            draw = {**DRAW, "candidates": CANDIDATES} if after else DRAW
+            scores = text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=draw, out=place / "images")
         questions = subset(load_rows(sources("test_questions.jsonl"), "question"), QUESTIONS, 0)
         train = load_rows(sources("train_questions.jsonl"), "question")
         arms = {0: ("blind", "majority", "no_image", "shuffled_images"), 1: (), 4: ("permuted_shots",)}

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from unitok.checkpoint import open_folder
-from unitok.data.render import Template, null_parts, question_parts, render
+from unitok.data.render import IMAGE, TEXT, Template, null_parts, question_parts, render
 from unitok.data.schema import Part, codes_part, image_part, text_part
 from unitok.data.sources import read_image
 from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
@@ -29,12 +29,14 @@ from unitok.lm.expand import open_lm
 from unitok.lm.text import load_text_tokenizer, text_tokenizer_hash
 from unitok.manifest import FILE, Manifest
 from unitok.sampling.decode import generate_ids
+from unitok.sampling.likelihood import log_likelihood
 from unitok.tokenizers.base import ImageTokenizer, load_tokenizer, to_pil
 from unitok.vocab import JointVocab
 
 ANSWER_TOKENS = 24
 TEXT_TOKENS = 64
 BATCH = 256  # rows of one decode loop
+LIKES_DRAWN = 0.1  # how much of a candidate's likelihood as a drawing counts beside its reading
 PICTURES = 128  # pictures encoded or decoded at once
 
 
@@ -163,6 +165,7 @@ class UnifiedModel:
         prompts: Sequence[str | Sequence[Part]],
         *,
         n: int = 1,
+        candidates: int = 1,
         guidance: float | tuple[float, float] = 1.0,
         negative: str | None = None,
         temperature: float = 1.0,
@@ -174,26 +177,74 @@ class UnifiedModel:
     ) -> list[Image.Image]:
         """n pictures of every prompt, prompt-major.
 
-        guidance: classifier-free guidance scale (1: none), or (text, image) for prompts that hold pictures.
-        negative: a text in place of the null prompt. seed: one number, or one a picture; a picture depends on its own
-        prompt and seed only. tokenizer: which one draws, where there are several.
+        candidates: draw so many for each picture and keep the one that the model itself likes best, see `candidates`;
+        the first of them is the picture that is drawn without. guidance: classifier-free guidance scale (1: none), or
+        (text, image) for prompts that hold pictures. negative: a text in place of the null prompt. seed: one number, or
+        one a picture; a picture depends on its own prompt and seed only. tokenizer: which one draws, where there are
+        several.
         """
-        name = self._name(tokenizer)
-        documents = [[text_part(p)] if isinstance(p, str) else [_part(q) for q in p] for p in prompts]
-        self.encode_parts(documents)
+        asked_for = [p for p in prompts for _ in range(n)]
         if isinstance(seed, int | np.integer):
-            seeds = [_seed(int(seed), j) for _ in documents for j in range(n)]
-        elif len(seed) == n * len(documents):
+            seeds = [_seed(int(seed), j) for _ in prompts for j in range(n)]
+        elif len(seed) == len(asked_for):
             seeds = [_seed(int(s), 0) for s in seed]
         else:
-            raise ValueError(f"{len(seed)} seeds for {n * len(documents)} pictures: give one number, or one a picture")
+            raise ValueError(f"{len(seed)} seeds for {len(asked_for)} pictures: give one number, or one a picture")
+        blocks, likes = self._drawn(
+            asked_for, seeds, candidates, self._name(tokenizer), guidance=guidance, negative=negative,
+            temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
+        )  # fmt: skip
+        best = [row * candidates + k for row, k in enumerate(likes.argmax(1))]
+        return self.pictures([blocks[i] for i in best], seeds=seeds)
+
+    def candidates(
+        self, prompts: Sequence[str], count: int, *, seeds: Sequence[int], tokenizer: str | None = None, **decode: Any
+    ) -> list[list[tuple[Image.Image, float]]]:
+        """`count` pictures of every prompt, each with how well the model likes it; seeds: one a prompt.
+
+        The measure is ln p(prompt | picture) + LIKES_DRAWN ln p(picture | prompt), in nats: what the picture says when
+        the model reads it, and a little of how it was drawn. It needs no other network. decode: as `images` takes it.
+        """
+        blocks, likes = self._drawn(prompts, [_seed(int(s), 0) for s in seeds], count, self._name(tokenizer), **decode)
+        drawn = self.pictures(blocks, seeds=[s for s in seeds for _ in range(count)])
+        return [
+            [(drawn[row * count + k], float(like)) for k, like in enumerate(of_row)] for row, of_row in enumerate(likes)
+        ]
+
+    def _drawn(
+        self,
+        prompts: Sequence[str | Sequence[Part]],
+        seeds: Sequence[int],
+        count: int,
+        name: str,
+        *,
+        batch_size: int = BATCH,
+        **decode: Any,
+    ) -> tuple[list[tuple[str, np.ndarray, tuple]], np.ndarray]:
+        """(name, codes, grid) of `count` pictures a prompt, and how well they are liked, float [prompts, count]."""
+        documents = [[text_part(p)] if isinstance(p, str) else [_part(q) for q in p] for p in prompts]
+        if count < 1:
+            raise ValueError(f"candidates must be 1 or more, got {count}")
+        if count > 1 and any(part.type != "text" for document in documents for part in document):
+            raise ValueError("candidates are compared as readings of their prompt: it must be text alone")
+        self.encode_parts(documents)
+        documents = [d for d in documents for _ in range(count)]
         made = self._run(
-            [d for d in documents for _ in range(n)], seeds, force_image=name, batch_size=batch_size,
-            max_new_tokens=self.vocab.block_length(name), guidance=guidance, negative=negative,
-            temperature=temperature, top_k=top_k, top_p=top_p,
+            documents, [_seed(s, k) for s in seeds for k in range(count)], force_image=name, batch_size=batch_size,
+            max_new_tokens=self.vocab.block_length(name), **decode,
         )  # fmt: skip
         blocks = [self.vocab.from_ids(np.asarray(ids)) for ids in made]
-        return self.pictures([(name, codes, grid) for name, codes, grid in blocks], seeds=seeds)
+        if count == 1:
+            return blocks, np.zeros((len(blocks), 1))
+        pictures = [codes_part(codes.astype(np.int32), grid, name) for name, codes, grid in blocks]
+        read = self._likelihood([[p, *d] for p, d in zip(pictures, documents, strict=True)], TEXT)
+        drawn = self._likelihood([[*d, p] for p, d in zip(pictures, documents, strict=True)], IMAGE)
+        return blocks, (read + LIKES_DRAWN * drawn).reshape(-1, count)
+
+    def _likelihood(self, documents: Sequence[Sequence[Part]], modality: int) -> np.ndarray:
+        """ln p of the ids of one modality, in nats, float [documents]."""
+        rendered = [render(d, self.vocab, self.text_tokenizer, self.template) for d in documents]
+        return log_likelihood(self.lm, [(r.ids, r.modality == modality) for r in rendered])
 
     def answer(self, image_or_images: Any, question: str, shots: Sequence[Mapping[str, Any]] = (), **decode) -> str:
         """The answer to a question about one or several pictures; shots: rows {"image", "question", "answers"}."""

@@ -106,7 +106,7 @@ def _reconstructions(out: Path) -> str:
 
 def _drawings(out: Path) -> str:
     """Prompts by guidance scales, drawn with one seed."""
-    from unitok.demo import DRAW, SCALES
+    from unitok.demo import CANDIDATES, DRAW, SCALES
     from unitok.model import load
 
     lines = (out / "data" / "test_prompts.jsonl").read_text().splitlines()[:GRID_PROMPTS]
@@ -124,7 +124,8 @@ def _drawings(out: Path) -> str:
     wrong = _misread(out)
     return (
         f"<h2>Prompts to pictures</h2><p>Scored with guidance {DRAW['guidance']:g}, temperature "
-        f"{DRAW['temperature']:g}.</p><table><tr><th>prompt{head}{rows}</table>{wrong}"
+        f"{DRAW['temperature']:g}, the likeliest of {CANDIDATES}; here one drawing each."
+        f"</p><table><tr><th>prompt{head}{rows}</table>{wrong}"
     )
 
 
@@ -138,7 +139,7 @@ def _misread(out: Path, most: int = 12) -> str:
     read = _replies(out / "after" / "images" / READINGS)
     cells = []
     for number, text in read.items():
-        scene, claim = json.loads(text), Claim.from_dict(rows[number]["claim"])
+        scene, claim = json.loads(text)[0], Claim.from_dict(rows[number]["claim"])
         if scene and satisfies(Scene.from_dict(scene), claim):
             continue
         picture = out / "after" / "images" / PICTURES / f"{_file_name(number)}.png"

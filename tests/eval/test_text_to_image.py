@@ -59,6 +59,25 @@ def by_name(scores):
     return {score.name: score for score in scores}
 
 
+class Chooser(Painter):
+    """Draws something else first, then the scene of the prompt, and likes the second best."""
+
+    def candidates(self, prompts, count, *, seeds, **decode):
+        assert "candidates" not in decode and len(seeds) == len(prompts)
+        wrong = random_scene(np.random.default_rng(0))
+        draws = [[wrong, self.scenes[p], wrong][:count] for p in prompts]
+        return [[(Image.fromarray(render_scene(s)), float(k == 1)) for k, s in enumerate(of_one)] for of_one in draws]
+
+
+def test_of_several_candidates_the_liked_one_is_scored_beside_the_first(tmp_path):
+    rows, scenes = make_rows(30)
+    scores = by_name(evaluate(Chooser(scenes), rows, decode={"candidates": 3}, out=tmp_path, batch_size=8))
+    exact = scores["t2i_exact"]
+    assert exact.value == 1 and exact.baselines["one_candidate"] < 0.2
+    assert exact.protocol["decode"]["candidates"] == 3
+    assert "one_candidate" not in by_name(evaluate(Chooser(scenes), rows))["t2i_exact"].baselines
+
+
 def test_a_true_painter_wins_and_the_controls_lose():
     rows, scenes = make_rows(120)
     scores = by_name(evaluate(Painter(scenes), rows))
@@ -66,7 +85,9 @@ def test_a_true_painter_wins_and_the_controls_lose():
     assert exact.value == 1 and exact.n == 120 and exact.baselines["shuffled_captions"] <= 0.05
     assert scores["t2i_exact_one_object"].n + scores["t2i_exact_two_objects"].n == 120
     assert all(score.value == 1 for score in scores.values())
-    assert exact.protocol["decode"] == {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert exact.protocol["decode"] == {
+        "guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "candidates": 1
+    }  # fmt: skip
     for score in evaluate(Noise(scenes), rows):
         assert score.value == 0, score.name  # unreadable is wrong in everything
 

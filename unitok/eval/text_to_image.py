@@ -4,6 +4,8 @@ A row is {"id", "prompt", "claim": Claim.to_dict()} and, for the ceiling, {"imag
 model is any object with
 
     images(prompts, *, n, guidance, temperature, top_k, top_p, seed) -> list of PIL images, prompt-major
+    candidates(prompts, count, *, seeds, guidance, ...) -> [(PIL image, how well the model likes it), ...] a prompt;
+                                                           only where several candidates are asked for
 
 seed: a list, one a prompt, so that a picture depends on neither batch nor order. The judge (judge.py) reads every
 picture back into a scene; exact = the number of things and every attribute and relation the prompt names. A picture it
@@ -11,6 +13,7 @@ cannot read is wrong in everything.
 
 Baselines
     shuffled_captions  the same pictures against the claim of another scored row (one that claims something else)
+    one_candidate      where the model chose among several drawings: the first of them
     ceiling            the same score of the tokenizer's own reconstructions of the rows' real pictures
 """
 
@@ -92,7 +95,13 @@ def run(model, recipe) -> list[Score]:
         subset(load_prompts(recipe.data), recipe.n, recipe.seed),
         seed=recipe.seed,
         batch_size=recipe.batch_size,
-        decode={"guidance": recipe.guidance, "temperature": temperature, "top_k": recipe.top_k, "top_p": recipe.top_p},
+        decode={
+            "guidance": recipe.guidance,
+            "temperature": temperature,
+            "top_k": recipe.top_k,
+            "top_p": recipe.top_p,
+            "candidates": recipe.candidates,
+        },
         out=Path(recipe.out) if recipe.out else None,
         stamp=model_stamp(recipe.model),
         **options,
@@ -143,18 +152,27 @@ def evaluate(
     tokenizer.
 
     Args:
-        decode: guidance, temperature, top_k, top_p.
+        decode: guidance, temperature, top_k, top_p, and candidates: how many the model draws of each prompt, of which
+            it keeps the one it likes best.
         out: folder of pictures and readings. stamp: what tells this model from another when going on from it.
     """
     claims = _claims(rows)
     prompts = {row["id"]: row["prompt"] for row in rows}
-    decode = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **(decode or {})}
+    decode = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "candidates": 1, **(decode or {})}
+    count = int(decode["candidates"])
+    choice = {key: value for key, value in decode.items() if key != "candidates"}
     protocol = {**_protocol(rows), "decode": decode, "seed": seed}
     log = ReplyLog(None if out is None else Path(out) / READINGS, {"model": stamp, "protocol": protocol})
 
     def draw_and_read(ids: Sequence[str]) -> list[str]:
         seeds = [row_seed(seed, "draw", i) for i in ids]
-        made = model.images([prompts[i] for i in ids], n=1, seed=seeds, **decode)
+        texts = [prompts[i] for i in ids]
+        if count > 1:
+            drawn = model.candidates(texts, count, seeds=seeds, **choice)
+            made = [max(of_one, key=lambda pair: pair[1])[0] for of_one in drawn]
+            first = [of_one[0][0] for of_one in drawn]
+        else:
+            made, first = model.images(texts, n=1, seed=seeds, **choice), []
         if len(made) != len(ids):
             raise ValueError(f"the model must draw one picture a prompt: {len(ids)} prompts, got {len(made)} pictures")
         if out is not None:
@@ -162,17 +180,20 @@ def evaluate(
                 path = Path(out) / PICTURES / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', number)}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
-        pictures = np.stack([np.asarray(p.convert("RGB"), np.float32) / 255 for p in made])  # [B, n, n, 3]
-        return [json.dumps(scene and scene.to_dict()) for scene in judge.read(pictures.transpose(0, 3, 1, 2))]
+        pictures = np.stack([np.asarray(p.convert("RGB"), np.float32) / 255 for p in [*made, *first]])  # [., n, n, 3]
+        scenes = [scene and scene.to_dict() for scene in judge.read(pictures.transpose(0, 3, 1, 2))]
+        return [json.dumps(scenes[i :: len(ids)]) for i in range(len(ids))]  # [chosen], or [chosen, first]
 
     replies = log.collect("model", list(claims), batch_size, draw_and_read)
     log.finish()
-    read = {i: Scene.from_dict(scene) if (scene := json.loads(text)) else None for i, text in replies.items()}
+    scenes = {i: [scene and Scene.from_dict(scene) for scene in json.loads(text)] for i, text in replies.items()}
+    read = {i: of_row[0] for i, of_row in scenes.items()}
+    first = {i: of_row[1] for i, of_row in scenes.items()} if count > 1 else None
     tokenizer = getattr(model, "image_tokenizer", None)
     if tokenizer is None or not all(row.get("image") for row in rows):
-        return score_readings(claims, read, protocol=protocol, seed=seed, name=name)
+        return score_readings(claims, read, first=first, protocol=protocol, seed=seed, name=name)
     made, real, means = _reconstructed(tokenizer, rows, batch_size)
-    scores = score_readings(claims, read, ceiling=made, protocol=protocol, seed=seed, name=name)
+    scores = score_readings(claims, read, first=first, ceiling=made, protocol=protocol, seed=seed, name=name)
     return [*scores, _judged(claims, made, real, means, _protocol(rows))]
 
 
@@ -180,6 +201,7 @@ def score_readings(
     claims: Mapping[str, Claim],
     read: Mapping[str, Scene | None],
     *,
+    first: Mapping[str, Scene | None] | None = None,
     ceiling: Mapping[str, Scene | None] | None = None,
     protocol: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -189,7 +211,8 @@ def score_readings(
 
     NAME_exact, NAME_exact_one_object (_two_objects, _three_objects) where rows differ in it, NAME_readable, and one an
     attribute over the rows whose claims name it: the right multiset (count, shapes, colours, pairs of both, sizes,
-    background), or the right pairs in the right relation. `ceiling`: readings of the tokenizer's reconstructions.
+    background), or the right pairs in the right relation. `first`: readings of each first candidate, `ceiling`: of the
+    tokenizer's reconstructions.
     """
 
     def score(what: str, metric: str, ids: Sequence[str]) -> Score:
@@ -202,6 +225,8 @@ def score_readings(
         others = {i: claims[other] for i in ids if (other := _other(i, ids, claims, seed)) is not None}
         if len(others) == len(ids) and metric != "readable":
             beside["shuffled_captions"] = right(read, others)
+        if first is not None:
+            beside["one_candidate"] = right(first, claims)
         if ceiling is not None:
             beside["ceiling"] = right(ceiling, claims)
         note = {**(protocol or {}), "metric": metric}
