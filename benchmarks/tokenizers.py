@@ -29,6 +29,7 @@ from unitok.training.tokenizer import build
 
 VQGAN, DVAE = "tokenizers/cifar10_vqgan.yaml", "tokenizers/cifar10_dvae.yaml"
 FIRST = 18_000  # of the scored rows
+ENTROPY = {"tokenizer.entropy_weight": 0.03, "tokenizer.entropy_temperature": 0.1, "tokenizer.beta": 0.1}
 SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "vq": (VQGAN, {}),
     "vq-s1": (VQGAN, {"seed": 1}),
@@ -37,14 +38,15 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "fsq-s1": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "seed": 1}),
     "fsq-s2": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "seed": 2}),
     "dvae": (DVAE, {}),
-    "lfq": (VQGAN, {"tokenizer.quantizer": "lfq", "tokenizer.bits": [8, 8]}),
-    "bsq": (VQGAN, {"tokenizer.quantizer": "bsq", "tokenizer.bits": [8, 8]}),
-    "ema": (VQGAN, {"tokenizer.quantizer": "ema", "tokenizer.revive": 0.1}),
-    "simvq": (VQGAN, {"tokenizer.quantizer": "simvq"}),
+    "lfq": (VQGAN, {"tokenizer.quantizer": "lfq", "tokenizer.bits": [8, 8], **ENTROPY, "steps": 2500}),
+    "bsq": (VQGAN, {"tokenizer.quantizer": "bsq", "tokenizer.bits": [8, 8], **ENTROPY}),
+    "ema": (VQGAN, {"tokenizer.quantizer": "ema", "tokenizer.revive": 0.1, "steps": 1000}),
+    "simvq": (VQGAN, {"tokenizer.quantizer": "simvq", "steps": 1000}),
     "rvq": (VQGAN, {"tokenizer.quantizer": "rvq", "tokenizer.codebook_size": 256, "tokenizer.depth": 2,
-                    "tokenizer.revive": 0.1}),
-    "gumbel": (VQGAN, {"tokenizer.quantizer": "gumbel", "tokenizer.code_dim": 64, "tokenizer.temperature_steps": 1600}),
-    "fsq-long": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "steps": 6000}),
+                    "tokenizer.revive": 0.1, "steps": 1000}),
+    "gumbel": (VQGAN, {"tokenizer.quantizer": "gumbel", "tokenizer.code_dim": 64,
+                       "tokenizer.temperature_steps": 800, "steps": 1000}),
+    "fsq-long": (VQGAN, {"tokenizer.quantizer": "fsq", "tokenizer.levels": [8, 5, 5, 5], "steps": 4000}),
     "collapsed": (VQGAN, {"tokenizer.codebook_size": 512, "tokenizer.normalize": False, "steps": 500}),
 }  # fmt: skip
 COLUMNS = {
