@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -35,6 +35,8 @@ Model = Annotated[str, Argument(metavar="MODEL", help="A model or adapter folder
 Tokenizer = Annotated[str, Option("--tokenizer", metavar="T", help="An image tokenizer: a folder or a Hub id.")]
 Out = Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
 Native = Annotated[bool, Option("--native", help="Pictures as large as they are, cut to multiples of the stride.")]
+Dtype = Literal["float32", "bfloat16", "auto"]
+Fast = Annotated[Dtype | None, Option("--fast", help="Compile the encoder first, in about 20 s, for this type.")]
 Name = Annotated[str | None, Option("--name", help="What the model calls the tokenizer. Default: as its folder does.")]
 Which = Annotated[str | None, Option("--tokenizer", metavar="NAME", help="Which one, where the model has several.")]
 
@@ -212,6 +214,7 @@ def tokenize(
     ] = None,
     name: Name = None,
     native: Native = False,
+    fast: Fast = None,
 ) -> None:
     """Turn the pictures of documents into token shards.
 
@@ -234,7 +237,7 @@ def tokenize(
 
         summary = run(
             data, tokenizer, out, workers=workers, strict=strict, columns=_columns(column or ()), name=name,
-            native=native, device=_device(), report=progress,
+            native=native, fast=fast, device=_device(), report=progress,
         )  # fmt: skip
     print(summary_line(summary))
     if summary["images"]:

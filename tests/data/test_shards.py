@@ -188,6 +188,20 @@ def test_workers_do_not_change_a_byte(source, tokenizer, finished, tmp_path, wor
     assert contents(tmp_path) == contents(finished)
 
 
+def test_a_fast_run_gives_the_same_bytes_and_goes_on_with_a_plain_one(
+    source, tokenizer, finished, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)  # tests/nn/test_compiled.py compiles
+    run(source, tokenizer, tmp_path, fast="float32")
+    assert contents(tmp_path) == contents(finished)
+    run(source, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="begun with dtype float32, not bfloat16"):
+        run(source, tokenizer, tmp_path, fast="bfloat16")
+
+
 def test_a_loaded_tokenizer_gives_the_same_as_its_folder(source, tokenizer, finished, tmp_path):
     run(source, load_tokenizer(tokenizer), tmp_path)
     assert contents(tmp_path) == contents(finished)

@@ -63,12 +63,17 @@ class Encoder:
     """Rows -> documents with codes. A shard depends on its rows and on the shards before it, on nothing else."""
 
     def __init__(
-        self, tokenizer: ImageTokenizer, name: str, batch_size: int, workers: int, strict: bool, native: bool = False
-    ):
+        self, tokenizer: ImageTokenizer, name: str, batch_size: int, workers: int, strict: bool, native: bool = False,
+        fast: str | None = None,
+    ):  # fmt: skip
         if native:
             check_native(tokenizer)
         self.tokenizer, self.name, self.batch_size, self.strict = tokenizer, name, batch_size, strict
-        self.native = native
+        self.native, self.fast = native, None
+        if fast is not None:
+            from unitok.nn.compiled import Compiled
+
+            self.fast = Compiled(tokenizer, fast, batch_size=batch_size)
         self.cache: dict[str, Picture] = {}  # by sha256, oldest first
         self.cached_bytes = self.distinct = 0
         self.books: dict[tuple[int, ...], np.ndarray] = {}
@@ -182,7 +187,7 @@ class Encoder:
 
         images = torch.stack(list(batch.values()))  # [B, 3, H, W]
         grid = tuple(self.tokenizer.grid(*images.shape[2:]))
-        codes = self.tokenizer.encode(images).cpu()  # [B, N]
+        codes = (self.fast or self.tokenizer).encode(images).cpu()  # [B, N]
         words = self.tokenizer.to_text(codes) if self.tokenizer.vocabulary == "text" else [None] * len(codes)
         rows = codes.numpy().astype(np.int32)
         return {sha256: Picture(row, grid, text) for sha256, row, text in zip(batch, rows, words, strict=True)}

@@ -40,7 +40,7 @@ def tokenize(
     data: str | Path, tokenizer: str | Path | ImageTokenizer, out: str | Path, *,
     workers: int = 0, strict: bool = False, batch_size: int = 64, columns: Mapping[str, str] | None = None,
     name: str | None = None, limit: int | None = None, device: str = "cpu", shard_rows: int = SHARD_ROWS,
-    native: bool = False, report: Callable[[dict[str, Any]], None] | None = None,
+    native: bool = False, fast: str | None = None, report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the token shards of a source into the folder `out`, or go on where an earlier run stopped.
 
@@ -48,7 +48,8 @@ def tokenize(
     does). workers: threads that read and resize pictures. limit: the first source rows only. strict: ValueError at
     the first row that cannot be used, instead of a line in quarantine.jsonl. report: called with the counts so far
     after each shard. native: pictures as large as they are, cut to multiples of the stride; each part has its own
-    grid. Identical pictures are encoded once.
+    grid. fast: the encoder is compiled first, in "float32", "bfloat16" or "auto" (nn/compiled.py); None: it is not.
+    Identical pictures are encoded once.
 
     Returns the counts (rows, documents, quarantined, images, distinct, tokens, shards), the census of the codebooks
     over distinct pictures (used, dead, entropy in bits, perplexity), and seconds.
@@ -59,14 +60,15 @@ def tokenize(
     own_name, section, licences = _identity(tokenizer)
     name = name or own_name.split(":")[-1]  # a class outside the registry is named module:Class
     job = {"format": FORMAT, "tokenizers": {name: section}, "source": fingerprint(data), "columns": dict(columns or {}),
-           "limit": limit, "shard_rows": shard_rows, **({"native": True} if native else {})}  # fmt: skip
+           "limit": limit, "shard_rows": shard_rows, **({"native": True} if native else {}),
+           **({"dtype": fast} if fast not in (None, "float32") else {})}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with _Folder(out, job) as folder:
         resumed = folder.counts()["rows"]
         if folder.done is None:
             place = {"path": str(tokenizer)} if isinstance(tokenizer, str | Path) else {}  # for who wants to look
             Manifest(tokenizers={name: {**section, **place}}, licences=licences).save(out)
-            encoder = Encoder(_open(tokenizer, device), name, batch_size, workers, strict, native)
+            encoder = Encoder(_open(tokenizer, device), name, batch_size, workers, strict, native, fast)
             for shard in folder.shards:
                 encoder.absorb(_Columns(out / shard["file"]).pictures())
             rows = islice(read_source(data, columns), resumed, limit)
@@ -230,9 +232,11 @@ def _same_job(then: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         begun.check(wanted, what=(str(out), "this run"))
     except ValueError as error:
         raise ValueError(f"{out} was begun with another tokenizer: {error}{advice}") from None
-    for key in ("columns", "limit", "shard_rows", "native"):
-        if then.get(key, False) != now.get(key, False):
-            raise ValueError(f"{out} was begun with {key} {then.get(key, False)}, not {now.get(key, False)}{advice}")
+    usual = {"native": False, "dtype": "float32"}
+    for key in ("columns", "limit", "shard_rows", *usual):
+        before, asked = (job.get(key, usual.get(key)) for job in (then, now))
+        if before != asked:
+            raise ValueError(f"{out} was begun with {key} {before}, not {asked}{advice}")
     old, new = ({name: rest for name, *rest in job["source"]} for job in (then, now))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:

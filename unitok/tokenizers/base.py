@@ -41,6 +41,7 @@ class ImageTokenizer(Pretrained):
     token_order: str = "raster"  # another name where tokens come otherwise: it changes whenever the order does
     vocabulary: str = "codes"  # "codes": new rows in the LLM; "text": words, through to_text
     stages: tuple[str, ...] = ("main",)
+    exact: tuple[str, ...] | None = None  # what stays in float32 where the rest is bfloat16: modules that choose codes
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
     stride: int  # pixels a position and side, of a fully convolutional one
     provenance: Mapping[str, Any] = MappingProxyType({})  # where converted weights came from; only informs

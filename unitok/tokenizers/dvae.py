@@ -42,6 +42,7 @@ class DVAETokenizer(ImageTokenizer):
     """
 
     fully_convolutional = True
+    exact = ("encoder.output",)
 
     def __init__(
         self,

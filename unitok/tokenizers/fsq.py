@@ -40,6 +40,7 @@ class FSQTokenizer(ImageTokenizer):
     """
 
     fully_convolutional = True
+    exact = ("quantizer",)
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class SplitFSQTokenizer(ImageTokenizer):
     """
 
     token_order = "colours, then structure in turns"
+    exact = ("quantizer", "colour_quantizer")
 
     def __init__(self, image_size: int = 32, width: int = 96, levels: Sequence[int] = (3, 3, 3),
                  colour_levels: Sequence[int] = (3, 3, 3, 3), edge_weight: float = 4.0, smoothness: float = 0.05,

@@ -47,6 +47,7 @@ class MAGVIT2Tokenizer(ImageTokenizer):
     """
 
     fully_convolutional = True
+    exact = ("quantizer",)
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class VQGANTokenizer(ImageTokenizer):
     """
 
     fully_convolutional = True
+    exact = ("quant_conv", "quantize")
     _critic: PatchCritic | None
     _network: nn.Module | None
 
