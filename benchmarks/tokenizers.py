@@ -19,6 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# a script's folder comes first on sys.path: without this, and the like in its neighbours, `import tokenizers` of
+# transformers would find this file
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
 import pyarrow.parquet as pq
 from PIL import Image
 

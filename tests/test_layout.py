@@ -171,6 +171,16 @@ def test_a_deepspeed_file_is_json_for_any_batch_and_precision(path):
     assert settings["zero_optimization"]["stage"] in (0, 1, 2, 3)
 
 
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", listing("benchmarks", suffix=".py"), ids=str)
+def test_a_benchmark_runs_by_its_path(path):
+    """Its folder is then first on sys.path, and holds a tokenizers.py that must not stand for the library."""
+    told = subprocess.run([sys.executable, ROOT / path, "--help"], capture_output=True, text=True)
+    assert told.returncode == 0 and "usage:" in told.stdout, told.stderr
+
+
 # ---- packaging -------------------------------------------------------------------------------------------------------
 
 
