@@ -73,6 +73,7 @@ class Compiled:
         self.plain = _converted(tokenizer, self.dtype)
         self.calls: dict[str, Callable[[Tensor], Tensor]] = {}
 
+    @torch.no_grad()  # as when compiling: another mode would be compiled again, without freezing
     def encode(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] in [0, 1] -> int64 [B, N]. Pictures of another size are encoded too, not compiled."""
         self.tokenizer.check_images(images)
@@ -81,6 +82,7 @@ class Compiled:
             return self._all("encode", images)
         return torch.cat([_call(self.plain, "encode")(_last(image)) for image in images.split(1)])
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """int64 [B, N] -> float [B, 3, H, W] in [0, 1]."""
         self.tokenizer.check_codes(codes, self.grid)
@@ -106,7 +108,7 @@ class Compiled:
 
             _cache_folder()
             # freezing must be set while the network is traced too, so it cannot be an option of torch.compile
-            with torch.no_grad(), inductor.patch(freezing=True):
+            with inductor.patch(freezing=True):
                 run = torch.compile(_call(_fused(copy.deepcopy(self.plain)), verb, self.grid), dynamic=False)
                 run(example)
         except Exception as error:
@@ -204,10 +206,11 @@ def _call(tokenizer: Any, verb: str, grid: tuple[int, ...] | None = None) -> Cal
     """Its encode or decode without the checks around them."""
     method = inspect.unwrap(getattr(type(tokenizer), verb))
 
-    @torch.no_grad()
     def call(batch: Tensor) -> Tensor:
         return method(tokenizer, batch) if verb == "encode" else method(tokenizer, batch, grid)
 
+    # code of its own: dynamo compiles the same code object for a few callers only, and then goes on without a word
+    call.__code__ = call.__code__.replace()
     return call
 
 
