@@ -9,7 +9,9 @@ process of its own: `dall_e.Encoder` (PyPI DALL-E 0.1) and diffusers' VQModel wi
 float32 as they come. The sides take turns; `ours` and `peer` are medians of pictures a second, `spread` is (max - min)
 / median of our times. Compiling is not timed: `compile_s` tells it. `share_of_matmul`: the operations that the plain
 network needs, a second, over those of a product of two matrices of 2048 x 2048 in the same type, measured between the
-runs. `equal_codes`: in float32 the share of those of the peer, in bfloat16 of ours in float32.
+runs. `equal_codes`: in float32 the share of those of the peer, in bfloat16 of ours in float32. Where float32 codes
+differ, `ties` is the share of these that are ties (the two nearest squared distances, or largest logits, differ by less
+than 1e-5 of the second), and `widest_gap` the largest such difference among them.
 
 --trained: PSNR in dB of pictures reconstructed in bfloat16 (`ours`) and in float32 (`peer`), means over pictures, and
 the share of equal codes; random weights would say little, since their nearest codes are all but ties.
@@ -49,6 +51,7 @@ ROWS = {  # verb, tokenizer, dtype
 }
 SIDE = 2048  # of the matrices
 PRODUCTS = 5  # of them between two runs
+TIE = 1e-5  # relative difference of the two nearest, below which either code is right
 BATCH = 100  # pictures of --trained at once
 
 
@@ -94,6 +97,9 @@ def compare(verb: str, network: str, names: list[str], arguments: argparse.Names
         flops = call(ours, prepare_ours, verb, network, folder, sorted(set(dtypes.values())))
         compiled = {name: call(ours, run, dtype)[0] for name, dtype in dtypes.items()}
         expected, got = call(peer, outcome, "peer"), {name: call(ours, outcome, dtypes[name]) for name in names}
+        apart = {name: got[name] != expected for name, dtype in dtypes.items() if dtype == "float32"}
+        look = verb == "encode" and any(differ.any() for differ in apart.values())
+        gaps = call(ours, distance_gaps) if look else None
         times: dict[str, list[float]] = {name: [] for name in ("peer", *names)}
         rates: dict[str, list[float]] = {dtype: [] for dtype in dtypes.values()}
         for _ in range(arguments.runs):
@@ -117,6 +123,10 @@ def compare(verb: str, network: str, names: list[str], arguments: argparse.Names
             right = got.get("encode_" + network + "_fp32", expected) if dtype == "bfloat16" else expected
             row["equal_codes"] = round((got[name] == right).double().mean().item(), 5)
             row["distinct_codes"] = right.unique().numel()
+            if gaps is not None and name in apart and apart[name].any():
+                found = gaps[apart[name]]
+                row["different_codes"], row["ties"] = len(found), round((found < TIE).double().mean().item(), 5)
+                row["widest_gap"] = float(f"{found.max().item():.2g}")
         print_row(row)
 
 
@@ -166,6 +176,24 @@ def outcome(arm: str) -> Tensor:
     return STATE["outcome", arm].cpu()
 
 
+def distance_gaps() -> Tensor:
+    """float64 [B, N]: by how much the second nearest code is farther than the nearest, relative, in the plain network.
+
+    Squared distances; logits, from their largest, where the codes are chosen by these.
+    """
+    tokenizer, found = STATE["tokenizer"], []
+    for image in STATE["images"].split(1):
+        if isinstance(tokenizer, DVAETokenizer):
+            logits = tokenizer.encoder(0.8 * image + 0.1).flatten(2).transpose(1, 2).double()  # [1, N, V]
+            first, second = logits.topk(2, -1).values.unbind(-1)
+        else:
+            vectors, table = tokenizer.vectors(2 * image - 1).double(), tokenizer.quantize.embedding.weight.double()
+            nearest = torch.cdist(vectors, table[None]).square().topk(2, -1, largest=False)
+            first, second = nearest.values.unbind(-1)
+        found.append((second - first).abs() / second.abs())
+    return torch.cat(found).cpu()
+
+
 def matmul(dtype: str) -> list[float]:
     """Operations a second of a product of matrices, a few times."""
     matrix = torch.ones(SIDE, SIDE, dtype=getattr(torch, dtype), device=STATE["device"])
@@ -181,7 +209,7 @@ def matmul(dtype: str) -> list[float]:
 def prepare_ours(verb: str, network: str, folder: str, dtypes: list[str]) -> int:
     """Set up the arms -> the operations of one picture."""
     tokenizer = dvae() if network == "dvae" else load_tokenizer(folder)
-    tokenizer.to(STATE["device"])
+    STATE["tokenizer"] = tokenizer.to(STATE["device"])
     image = STATE["images"][:1]
     STATE["input"] = STATE["images"]
     if verb == "decode":

@@ -31,6 +31,28 @@ batch_size: 4
 steps: 10
 lr: 3e-4
 """
+DETOKENIZER = """\
+kind: detokenizer
+distill: {teacher: runs/decoder, start: 64, stop: 8}
+tokenizer: runs/fsq
+data: pictures
+out: runs/few
+steps: 10
+batch_size: 4
+lr: 3e-4
+"""
+CLIP = """\
+kind: clip
+vision: {image_size: 32, patch_size: 4}
+text: {hidden_size: 32}
+projection_size: 16
+text_tokenizer: builtin:scenes
+data: captions.jsonl
+out: runs/clip
+steps: 0
+batch_size: 4
+lr: 3e-4
+"""
 EVALUATION = """\
 kind: evaluation
 task: vqa
@@ -53,7 +75,7 @@ def recipe(tmp_path, monkeypatch):
     return load
 
 
-def test_the_three_kinds(recipe):
+def test_kinds(recipe):
     one, two, three = recipe(TOKENIZER), recipe(LANGUAGE_MODEL), recipe(EVALUATION)
     assert (type(one), type(two), type(three)) == (TokenizerRecipe, LanguageModelRecipe, EvaluationRecipe)
     assert one.tokenizer.name == "fsq"
@@ -61,10 +83,12 @@ def test_the_three_kinds(recipe):
     assert (one.lr, one.betas, one.stage, one.data[0].columns) == (1e-4, (0.9, 0.99), "main", {"text": "caption"})
     assert (two.lora.rank, two.lora.alpha, two.lora.rows, two.method, two.clip) == (8, 64, "new", "lora", 1.0)
     assert (two.data[0].weight, two.data[0].flip, two.data[0].loss) == (2, 0.5, "default")
+    four, five = recipe(DETOKENIZER), recipe(CLIP)
+    assert (four.kind, four.distill.halvings, five.kind, five.gallery_size) == ("detokenizer", 3, "clip", 256)
     assert (three.data[0].path, three.guidance, three.options) == ("data/easy_vqa", (3, 1.5), {"protocol": "strict"})
 
 
-@pytest.mark.parametrize("text", [TOKENIZER, LANGUAGE_MODEL, EVALUATION])
+@pytest.mark.parametrize("text", [TOKENIZER, DETOKENIZER, LANGUAGE_MODEL, CLIP, EVALUATION])
 def test_a_recipe_written_out_reads_back(recipe, text):
     whole = recipe(text)
     assert make_recipe(yaml.safe_load(yaml.safe_dump(whole.model_dump(mode="json")))) == whole
@@ -116,7 +140,11 @@ def test_answers_stay_words(recipe):
         (TOKENIZER, ["steps=0"], "steps: input should be greater than or equal to 1, got 0"),
         (LANGUAGE_MODEL, ["data.0.flip=1.5"], "data.0.flip: input should be less than or equal to 1, got 1.5"),
         (LANGUAGE_MODEL, ["dtype=float16"], "dtype: input should be 'float32', 'bfloat16' or 'auto', got 'float16'"),
-        (TOKENIZER, ["kind=tokeniser"], "kind must be one of tokenizer, language_model, evaluation; got 'tokeniser'"),
+        (
+            TOKENIZER,
+            ["kind=tokeniser"],
+            "kind must be one of tokenizer, detokenizer, language_model, clip, evaluation; got 'toke",
+        ),
         (TOKENIZER, ["steps"], "override 'steps' must have the form key=value"),
         (TOKENIZER, ["a..b=1"], "override 'a..b=1' must have the form"),
         (TOKENIZER, ["data.3.path=x"], "'data' has items 0..0, not '3'"),

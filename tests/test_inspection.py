@@ -270,6 +270,19 @@ def test_a_tokenizer_recipe_shows_its_pictures_and_memory(world, tmp_path):
     assert several["activations_bytes"] > 1.5 * facts["memory"]["activations_bytes"]
 
 
+@pytest.mark.parametrize("kind", ["clip", "detokenizer"])
+def test_a_recipe_with_captions_shows_them(world, tmp_path, kind):
+    own = {"clip": {"vision": {}, "text": {}, "projection_size": 4, "text_tokenizer": "builtin:scenes"},
+           "detokenizer": {"detokenizer": {"name": "diffusion"}, "texts": True}}[kind]  # fmt: skip
+    recipe = {"kind": kind, **own, "data": str(world.folder / "captions.jsonl"), "out": str(tmp_path / "run"),
+              "steps": 5, "batch_size": 2, "lr": 1e-3}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    facts, lines = seen(tmp_path / "r.yaml", n=2, out=tmp_path / "out")
+    assert (facts["pictures"], facts["refused"]) == (PICTURES + 1, 1)  # a row of text alone
+    assert [line for line in lines if "a red circle" in line] == [f"captions.jsonl:{n}: a red circle" for n in (1, 2)]
+    assert (tmp_path / "out" / "pictures.png").is_file() and not (tmp_path / "run").exists()
+
+
 def test_a_text_tokenizer_alone_describes_plain_documents(world):
     words = load_text_tokenizer(world.model)
     document = read_shards(world.folder / "captions")[PICTURES]

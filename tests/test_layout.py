@@ -16,7 +16,15 @@ import pytest
 from packaging.requirements import Requirement
 
 import unitok
-from unitok.config import EvaluationRecipe, LanguageModelRecipe, TokenizerRecipe, load_recipe
+import unitok.detokenizers
+from unitok.config import (
+    ClipRecipe,
+    DetokenizerRecipe,
+    EvaluationRecipe,
+    LanguageModelRecipe,
+    TokenizerRecipe,
+    load_recipe,
+)
 
 try:
     import tomllib
@@ -34,10 +42,14 @@ LAYERS = [  # from the bottom; a set is one room, and rooms of one row do not im
     [{"data"}, {"sampling"}, {"convert"}],
     [{"model"}],
     [{"eval"}, {"training"}],
-    [{"__main__", "cli", "demo", "report", "inspection", "weights", "serving"}],
+    [{"__main__", "cli", "demo", "demo_seed", "report", "inspection", "weights", "serving"}],
 ]
 PLACE = {name: (row, room) for row, rooms in enumerate(LAYERS) for room, names in enumerate(rooms) for name in names}
-RECIPES = {"tokenizers": TokenizerRecipe, "training": LanguageModelRecipe, "eval": EvaluationRecipe}
+RECIPES = {
+    "tokenizers": TokenizerRecipe,
+    "training": LanguageModelRecipe | DetokenizerRecipe | ClipRecipe,
+    "eval": EvaluationRecipe,
+}
 ROOMS = ("unitok", "tests", "benchmarks", "docs", *RECIPES)
 MAX_LINES = 500
 
@@ -160,7 +172,10 @@ def test_a_recipe_parses_and_says_how_to_run_it(path, monkeypatch):
         assert ":" in recipe.tokenizer.name or recipe.tokenizer.name in unitok.tokenizers.names()
     elif isinstance(recipe, LanguageModelRecipe):
         assert recipe.deepspeed is None or (ROOT / recipe.deepspeed).is_file()
-    else:
+    elif isinstance(recipe, DetokenizerRecipe):
+        named = recipe.detokenizer and recipe.detokenizer.name
+        assert named is None or ":" in named or named in unitok.detokenizers.names()
+    elif isinstance(recipe, EvaluationRecipe):
         assert ":" in recipe.task or recipe.task in unitok.eval.names()
 
 

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import secrets
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -220,6 +221,24 @@ def load_into(
         lines = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
         raise ValueError(f"{what} do not fit {type(module).__name__}: " + "; ".join(lines))
     module.load_state_dict(dict(state), strict=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of transformers for every checkpoint, and no warnings of libraries about one another."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _table(path: Path, value: Any, key: str | None) -> dict[str, Tensor]:

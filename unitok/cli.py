@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -265,8 +266,8 @@ def convert(
 ) -> None:
     """Turn a published checkpoint into an image tokenizer; nothing in its files is executed.
 
-    Formats: openai-dvae, flava, taming, ldm, gumbel-f8, chameleon, janus, llamagen, diffusers, emu3, open-magvit2,
-    show-o, titok.
+    Formats: openai-dvae, flava, taming, ldm, gumbel-f8, chameleon, janus, llamagen, diffusers, amused, emu3,
+    open-magvit2, show-o, titok, seed.
     """
     from unitok.convert import convert as run
 
@@ -280,17 +281,19 @@ def expand(
     tokenizer: Tokenizer,
     out: Out,
     name: Name = None,
+    layout: Annotated[Literal["codes", "rows"], Option(help="rows: sizes may differ and stand in the ids.")] = "codes",
 ) -> None:
     """Give any causal LM the rows of an image tokenizer.
 
     The result is a model folder, ready to train, that stock transformers loads.
     """
-    from unitok.lm.expand import expand_folder
+    from unitok.lm.expand import LAYOUTS, expand_folder
     from unitok.manifest import Manifest
     from unitok.vocab import JointVocab
 
     _no_bars()
-    vocab = JointVocab.from_dict(Manifest.load(expand_folder(llm, tokenizer, out, name)).vocab or {})
+    model = expand_folder(llm, tokenizer, out, name, layout=LAYOUTS[layout])
+    vocab = JointVocab.from_dict(Manifest.load(model).vocab or {})
     print(f"{out}: {vocab.rows} rows, of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}")
 
 
@@ -312,24 +315,21 @@ def export(
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train an image tokenizer or a language model.
+    """Train an image tokenizer, a detokenizer, a language model or a small CLIP.
 
     The same command goes on with a stopped run. For several processes: deepspeed --module unitok train RECIPE.yaml
     """
     from unitok.config import load_recipe
 
     plan = load_recipe(recipe, overrides or ())
-    if plan.kind == "tokenizer":
-        from unitok.training.tokenizer import train as train_tokenizer
-
-        train_tokenizer(plan)
-    elif plan.kind == "language_model":
-        from unitok.training.language_model import train as train_language_model
+    if plan.kind == "evaluation":
+        raise ValueError(f"recipe {recipe} is an {plan.kind}: run it with `unitok evaluate`")
+    more = {}
+    if plan.kind == "language_model":
         from unitok.training.samples import Samples
 
-        train_language_model(plan, sampler=Samples.of(plan))
-    else:
-        raise ValueError(f"recipe {recipe} is an {plan.kind}: run it with `unitok evaluate`")
+        more["sampler"] = Samples.of(plan)
+    import_module(f"unitok.training.{plan.kind}").train(plan, **more)  # an engine is named after its kind
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,24 @@ class TokenizerArguments(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Distill(Section):
+    """Progressive distillation: at every halving the student becomes the teacher."""
+
+    teacher: str  # a saved detokenizer
+    start: Count = 64  # steps the teacher takes
+    stop: Count = 8  # steps the last student takes
+
+    @model_validator(mode="after")
+    def _halves(self) -> Distill:
+        if 2**self.halvings * self.stop != self.start or self.start == self.stop:
+            raise ValueError(f"start must be stop times 2, 4, 8 ...; got {self.start} and {self.stop}")
+        return self
+
+    @property
+    def halvings(self) -> int:
+        return (self.start // self.stop).bit_length() - 1
+
+
 class Lora(Section):
     rank: Count = 32
     alpha: float = Field(64, gt=0)
@@ -131,6 +149,51 @@ class TokenizerRecipe(Section):
     eval_images: int = Field(256, ge=0)
 
 
+class DetokenizerRecipe(Section):
+    """A detokenizer of one tokenizer's codes and embeddings, or of one CLIP's image embeddings, and of captions."""
+
+    kind: Literal["detokenizer"]
+    detokenizer: TokenizerArguments | None = None  # the one that is distilled has the teacher's
+    tokenizer: str | None = None  # a saved image tokenizer
+    clip: str | None = None  # or the folder of a transformers CLIPModel
+    texts: bool = False  # captions are part of the condition
+    data: DataSources = Field(min_length=1)
+    out: str
+    init_from: str | None = None  # a saved detokenizer to start from
+    distill: Distill | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, weights stay float32
+    steps: Count  # with distill, over all halvings
+    batch_size: Count  # pictures a step, over all processes
+    lr: float = Field(gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)  # steps; with distill, of each halving
+    schedule: Schedule = "cosine"
+    ema: Fraction | None = 0.999
+    grad_clip: float | None = Field(1.0, gt=0)
+    flush_denormal: bool = True
+    checkpoint_every: Count = 500
+    sample_every: Count = 1000
+    log_every: Count = 20
+    workers: int = Field(0, ge=0)
+    eval_images: int = Field(64, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> DetokenizerRecipe:
+        if (self.detokenizer is None) == (self.distill is None):
+            raise ValueError("give detokenizer, or distill, which takes the teacher's")
+        if self.distill and self.init_from:
+            raise ValueError("distill starts from the teacher: it goes with no init_from")
+        if self.distill and self.steps < self.distill.halvings:
+            raise ValueError(f"{self.distill.halvings} halvings need as many steps or more, got {self.steps}")
+        if self.tokenizer is not None and self.clip is not None:
+            raise ValueError("a detokenizer draws from one tokenizer or one clip, not both")
+        if not (self.tokenizer or self.clip or self.texts):
+            raise ValueError("give tokenizer, clip or texts: what pictures are drawn from")
+        return self
+
+
 class LanguageModelRecipe(Section):
     kind: Literal["language_model"]
     model: str
@@ -162,6 +225,33 @@ class LanguageModelRecipe(Section):
     text_weight: float = Field(1.0, ge=0)
 
 
+class ClipRecipe(Section):
+    """A small CLIP; the other parts of the project take its frozen towers."""
+
+    kind: Literal["clip"]
+    vision: dict[str, Any]  # arguments of transformers' CLIPVisionConfig
+    text: dict[str, Any]  # arguments of its CLIPTextConfig; what follows from the text tokenizer is filled in
+    projection_size: Count
+    text_tokenizer: str  # a folder or Hub id with a text tokenizer, or builtin:NAME
+    data: DataSources = Field(min_length=1)  # captioned pictures to train on
+    gallery: DataSources = []  # captioned pictures of which retrieval is measured, never trained on
+    gallery_size: Count = 256
+    out: str
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    steps: int = Field(ge=0)  # 0 writes the untrained model, a control
+    batch_size: Count
+    lr: float = Field(gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)  # steps
+    schedule: Schedule = "cosine"
+    grad_clip: float | None = Field(1.0, gt=0)
+    checkpoint_every: Count = 200
+    log_every: Count = 20
+    workers: int = Field(0, ge=0)
+
+
 class EvaluationRecipe(Section):
     kind: Literal["evaluation"]
     version: int = 1  # raised when a change of the recipe makes scores incomparable
@@ -183,7 +273,7 @@ class EvaluationRecipe(Section):
     options: dict[str, Any] = {}  # the task's own
 
 
-Recipe = TokenizerRecipe | LanguageModelRecipe | EvaluationRecipe
+Recipe = TokenizerRecipe | DetokenizerRecipe | LanguageModelRecipe | ClipRecipe | EvaluationRecipe
 KINDS: dict[str, Any] = {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(Recipe)}
 
 

@@ -88,8 +88,12 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
 
 def run(out: str | Path = "out/demo", *, tokenizer: str = "fsq_split", from_scratch: bool = False) -> Path:
     """Run what is not yet done in `out` and return the report's path. ValueError for an unknown tokenizer."""
+    if tokenizer == "seed":
+        from unitok.demo_seed import SeedDemo
+
+        return SeedDemo(Path(out)).run()
     if tokenizer != "fsq_split":
-        raise ValueError(f"demo has no recipe for the image tokenizer {tokenizer!r}; it has: fsq_split")
+        raise ValueError(f"demo has no recipe for the image tokenizer {tokenizer!r}; it has: fsq_split, seed")
     return Demo(Path(out), from_scratch=from_scratch).run()
 
 

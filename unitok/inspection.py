@@ -2,6 +2,7 @@
 
     inspect("training/scenes_lora.yaml")     documents as the run draws them, ids by modality, passes, memory
     inspect("tokenizers/fsq.yaml")           pictures as the tokenizer gets them, memory
+    inspect("training/scene_clip.yaml")      pictures and their captions
     inspect("eval/scenes_vqa.yaml")          prompts with their exemplars
     inspect("shards/")                       documents with their codes
     inspect("model/")                        rows and template of a model; a test card as it becomes ids
@@ -26,12 +27,19 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from unitok.checkpoint import open_folder, write_atomic, write_json
-from unitok.config import EvaluationRecipe, LanguageModelRecipe, TokenizerRecipe, load_recipe
+from unitok.config import (
+    ClipRecipe,
+    DetokenizerRecipe,
+    EvaluationRecipe,
+    LanguageModelRecipe,
+    TokenizerRecipe,
+    load_recipe,
+)
 from unitok.data.packing import Stream
 from unitok.data.render import CONTROL, IMAGE, TEXT, Rendered, Template, render
 from unitok.data.schema import Part, image_part, text_part
 from unitok.data.shards import Shards, read_shards
-from unitok.data.sources import read_image, read_pictures
+from unitok.data.sources import read_captioned, read_image, read_pictures
 from unitok.eval.images import contact_sheet
 from unitok.lm.adapters import adapter_base, is_adapter
 from unitok.lm.expand import lm_without_values
@@ -60,9 +68,8 @@ def inspect(target: str | Path, *, n: int = 3, out: str | Path | None = None, ec
     path, look = Path(target), _Look(n, out is not None, echo)
     if path.suffix in (".yaml", ".yml"):
         recipe = load_recipe(path)
-        {"tokenizer": _tokenizer_recipe, "language_model": _lm_recipe, "evaluation": _evaluation}[recipe.kind](
-            look, recipe
-        )
+        kinds = {"tokenizer": _tokenizer_recipe, "language_model": _lm_recipe, "evaluation": _evaluation}
+        kinds.get(recipe.kind, _picture_recipe)(look, recipe)
     elif path.suffix == ".parquet" or any(path.glob("shard-*.parquet")):
         _shards(look, path)
     else:
@@ -225,17 +232,33 @@ def _tokenizer_recipe(look: _Look, recipe: TokenizerRecipe) -> None:
 
     tokenizer = build(recipe)
     _say_tokenizer(look, recipe.tokenizer.name, tokenizer)
-    pictures: list[torch.Tensor] = []
+    pictures = _pictures(look, recipe, tokenizer.preprocess, captioned=recipe.stage in tokenizer.text_stages)
+    _say_memory(look, tokenizer_memory(recipe, tokenizer, torch.stack(pictures)))
+    look.strips["as the tokenizer gets them"] = pictures
+
+
+def _picture_recipe(look: _Look, recipe: DetokenizerRecipe | ClipRecipe) -> None:
+    """Pictures as they are, and what is said of them; the networks are not opened."""
+    captioned = isinstance(recipe, ClipRecipe) or recipe.texts
+    look.strips["pictures"] = _pictures(look, recipe, lambda picture: picture, captioned=captioned)
+
+
+def _pictures(look: _Look, recipe: Any, prepare: Callable[[Image.Image], Any], *, captioned: bool) -> list[Any]:
+    """The first pictures of a recipe's data, prepared; all are counted, and captions are shown where there are any."""
+    pictures: list[Any] = []
     counts: Counter[str] = Counter()
     bad: list[str] = []
+    read = read_captioned if captioned else read_pictures
     for source in recipe.data:
-        for where, picture in islice(read_pictures(source.path, source.columns), source.limit):
+        for where, picture, *captions in islice(read(source.path, source.columns), source.limit):
             counts[source.path] += 1
             try:
                 if isinstance(picture, ValueError):
                     raise picture
                 if len(pictures) < look.n:
-                    pictures.append(tokenizer.preprocess(read_image(picture)))
+                    pictures.append(prepare(read_image(picture)))
+                    if captioned:
+                        look.say(f"{where}: {' | '.join(captions[0])}")
             except ValueError as error:
                 bad.append(f"{where}: {error}")
         look.say(f"{counts[source.path]} pictures in {source.path}")
@@ -246,8 +269,7 @@ def _tokenizer_recipe(look: _Look, recipe: TokenizerRecipe) -> None:
         raise ValueError("the recipe's data hold no picture that can be read")
     times = recipe.steps * recipe.batch_size / sum(counts.values())
     look.say(f"{recipe.steps} steps of {recipe.batch_size}: every picture {times:.1f} times")
-    _say_memory(look, tokenizer_memory(recipe, tokenizer, torch.stack(pictures)))
-    look.strips["as the tokenizer gets them"] = pictures
+    return pictures
 
 
 def _evaluation(look: _Look, recipe: EvaluationRecipe) -> None:

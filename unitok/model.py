@@ -23,7 +23,7 @@ from unitok.checkpoint import open_folder
 from unitok.data.render import IMAGE, TEXT, Template, null_parts, question_parts, render
 from unitok.data.schema import Part, codes_part, image_part, text_part
 from unitok.data.sources import read_image
-from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
+from unitok.detokenizers.base import Detokenizer, load_detokenizer
 from unitok.lm.adapters import adapter_base, is_adapter, load_adapter, merge
 from unitok.lm.expand import open_lm
 from unitok.lm.text import load_text_tokenizer, text_tokenizer_hash
@@ -89,7 +89,11 @@ def around(
         Manifest(tokenizers={name: section}).check(
             Manifest(tokenizers={name: manifest.tokenizers[name]}), what=(f"image_tokenizers/{name}", "model")
         )
-    detokenizer = load_detokenizer(base / "detokenizer", device) if (base / "detokenizer").is_dir() else None
+    detokenizer = None
+    if (base / "detokenizer").is_dir():
+        detokenizer = load_detokenizer(base / "detokenizer", device)
+        stated = {key: value for key, value in (manifest.detokenizer or {}).items() if key != "tokenizer"}
+        detokenizer.manifest().check(Manifest(detokenizer=stated), what=("detokenizer", "model"))
     return UnifiedModel(lm, load_text_tokenizer(base), tokenizers, manifest, detokenizer, tokenizer)
 
 
@@ -173,6 +177,7 @@ class UnifiedModel:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         tokenizer: str | None = None,
+        grids: Mapping[str, tuple[int, ...]] | None = None,
         batch_size: int = BATCH,
     ) -> list[Image.Image]:
         """n pictures of every prompt, prompt-major.
@@ -181,7 +186,7 @@ class UnifiedModel:
         the first of them is the picture that is drawn without. guidance: classifier-free guidance scale (1: none), or
         (text, image) for prompts that hold pictures. negative: a text in place of the null prompt. seed: one number, or
         one a picture; a picture depends on its own prompt and seed only. tokenizer: which one draws, where there are
-        several.
+        several. grids: by tokenizer, where they may vary (`unitok expand --layout rows`); default: that at image_size.
         """
         asked_for = [p for p in prompts for _ in range(n)]
         if isinstance(seed, int | np.integer):
@@ -192,7 +197,7 @@ class UnifiedModel:
             raise ValueError(f"{len(seed)} seeds for {len(asked_for)} pictures: give one number, or one a picture")
         blocks, likes = self._drawn(
             asked_for, seeds, candidates, self._name(tokenizer), guidance=guidance, negative=negative,
-            temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
+            temperature=temperature, top_k=top_k, top_p=top_p, grids=grids, batch_size=batch_size,
         )  # fmt: skip
         best = [row * candidates + k for row, k in enumerate(likes.argmax(1))]
         return self.pictures([blocks[i] for i in best], seeds=seeds)
@@ -231,7 +236,7 @@ class UnifiedModel:
         documents = [d for d in documents for _ in range(count)]
         made = self._run(
             documents, [_seed(s, k) for s in seeds for k in range(count)], force_image=name, batch_size=batch_size,
-            max_new_tokens=self.vocab.block_length(name), **decode,
+            max_new_tokens=self.vocab.block_length(name, (decode.get("grids") or {}).get(name)), **decode,
         )  # fmt: skip
         blocks = [self.vocab.from_ids(np.asarray(ids)) for ids in made]
         if count == 1:
@@ -298,21 +303,32 @@ class UnifiedModel:
         )  # fmt: skip
         return [self._text(ids) for ids in made]
 
+    def decode(
+        self,
+        codes: torch.Tensor,
+        grid: tuple[int, ...] | None = None,
+        name: str | None = None,
+        seeds: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """int64 [B, N] -> float [B, 3, H, W] in [0, 1]: by the detokenizer, where the model has one that draws the
+        codes of this tokenizer; else by the tokenizer itself. seeds: of the detokenizer, one a picture; default 0."""
+        name = self._name(name)
+        tokenizer, painter = self.image_tokenizers[name], self.detokenizer
+        if painter is None or (self.manifest.detokenizer or {}).get("tokenizer", name) != name:
+            return tokenizer.decode(codes, grid)
+        condition = painter.condition_of(tokenizer, codes, grid)
+        return painter.generate(condition, seeds=list(seeds) or [0] * len(codes), guidance=painter.guidance)
+
     @torch.no_grad()
     def pictures(self, blocks: Sequence[tuple[str, np.ndarray, tuple]], seeds: Sequence[int] = ()) -> list[Image.Image]:
         """(tokenizer, codes [N], grid) of each picture -> PIL pictures, by the detokenizer where the model has one."""
         out: list[Image.Image | None] = [None] * len(blocks)
         for (name, grid), own in _grouped([(name, tuple(grid)) for name, _, grid in blocks]).items():
-            tokenizer = self.image_tokenizers[name]
             for start in range(0, len(own), PICTURES):
                 some = own[start : start + PICTURES]
                 codes = torch.from_numpy(np.stack([blocks[i][1] for i in some])).long()  # [B, N]
-                if self.detokenizer is None:
-                    pixels = tokenizer.decode(codes, grid)
-                else:
-                    condition = Condition(codes=codes, grid=grid, vectors=tokenizer.embed(codes, grid))
-                    own_seeds = [int(seeds[i]) if len(seeds) else 0 for i in some]
-                    pixels = self.detokenizer.generate(condition, seeds=own_seeds)
+                own_seeds = [int(seeds[i]) for i in some] if len(seeds) else []
+                pixels = self.decode(codes, grid, name, own_seeds)
                 for i, picture in zip(some, pixels, strict=True):
                     out[i] = to_pil(picture)
         return out  # type: ignore[return-value]

@@ -162,7 +162,7 @@ class ImageVocab:
         elif not self.variable:
             raise ValueError(
                 f"grid {grid}: the layout '{' '.join(self.layout)}' carries the grid {self.grid} only;"
-                " add the tokenizer with a layout that has 'size' or 'rows'"
+                " add the tokenizer with a layout that has 'size' or 'rows' (expand --layout rows)"
             )
         elif self.token_codebook is not None:
             raise ValueError(f"grid {grid}: token_codebook is given for the grid {self.grid} only")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from unitok.convert import convert
 from unitok.tokenizers.base import load_tokenizer
+from unitok.tokenizers.magvit2 import MAGVIT2Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TIE = 1e-5  # a signal this near 0 may fall to either side
@@ -57,9 +58,19 @@ def open_magvit2(folder, state, **options):
     return convert("open-magvit2", [folder / "imagenet_256_L.ckpt"], folder / "out", echo=lambda line: None, **options)
 
 
-def show_o(folder, state, **options):
+def show_o(
+    folder, state, blocks=(make_magvit2.SHOW_O["num_res_blocks"], make_magvit2.SHOW_O_DECODER["num_res_blocks"])
+):
+    """With a config that says how deep each level is; none where `blocks` is None."""
     save_file(state, folder / "model.safetensors")
-    return convert("show-o", [folder / "model.safetensors"], folder / "out", echo=lambda line: None, **options)
+    config = folder / "config.json"
+    if blocks:
+        parts = zip(("encoder", "decoder"), blocks, strict=True)
+        config.write_text(json.dumps({part: {"num_res_blocks": depths} for part, depths in parts}))
+    return convert(
+        "show-o", [folder / "model.safetensors"], folder / "out", config=config if blocks else None,
+        echo=lambda line: None,
+    )  # fmt: skip
 
 
 def check(tokenizer, expected, signals, decoded, images):
@@ -161,10 +172,10 @@ COMMON = {
         lambda s: {**s, "encoder.conv_in.weight": torch.ones(24, 3, 3, 3)},
         r"encoder.conv_in.weight is \(24, 3, 3, 3\), expected a multiple of 32",
     ),
-    "swapped decoder": (swapped, r"decoder.up.0.upsample.conv1?.weight"),
     "no decoder": (lambda s: {n: t for n, t in s.items() if not n.startswith("decoder.up")}, "missing: decoder.up.0"),
 }
 OF_OPEN = {
+    "swapped decoder": (swapped, "decoder.up.0.upsample.conv1.weight"),
     "missing block": (
         lambda s: {n: t for n, t in s.items() if not n.startswith("decoder.up.1.block.1.")},
         "missing: decoder.up.1.block.1.norm1.weight",
@@ -179,6 +190,15 @@ OF_OPEN = {
     ),
 }
 OF_SHOW_O = {
+    "swapped decoder": (swapped, "missing: decoder.up.0.block.0.nin_shortcut.weight"),
+    "missing block": (
+        lambda s: {n: t for n, t in s.items() if not n.startswith("encoder.down.2.block.1.")},
+        "missing: encoder.down.2.block.1.norm1.weight",
+    ),
+    "missing level": (
+        lambda s: {n: t for n, t in s.items() if not n.startswith("decoder.up.2.")},
+        "missing: decoder.up.2.block.0.conv1.weight",
+    ),
     "no codebook": (lambda s: without(s, "quantize.embedding"), "missing: quantize.embedding"),
     "wrong vocabulary": (
         lambda s: {**s, "quantize.embedding": s["quantize.embedding"][:4096]},
@@ -211,6 +231,31 @@ def test_show_o_refuses(fault, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+PUBLISHED = {
+    "image_size": 32, "layout": "show-o", "channels": 32, "multipliers": (1,) * 5, "blocks": (4, 3, 4, 3, 4),
+    "decoder_blocks": (4, 4, 3, 4, 3), "bits": (13,), "lsb_first": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, {**PUBLISHED, "multipliers": (1, 1), "blocks": (2, 2),
+                                                 "decoder_blocks": (3, 3)}], ids=["as published", "even"])  # fmt: skip
+def test_show_o_without_a_config_has_the_published_depths_or_even_ones(options, tmp_path):
+    """A level without its last block is refused, whichever it is, by the name of what it lacks."""
+    torch.manual_seed(0)
+    tokenizer = MAGVIT2Tokenizer(**options).eval()
+    state = {**tokenizer.state_dict(), **{n: t for n, t in show_o_state().items() if n.startswith("quantize.")}}
+    converted = show_o(tmp_path, state, None)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(converted.encode(images), tokenizer.encode(images))
+    with pytest.raises(ValueError, match="unexpected: decoder.up.0.block.1."):
+        show_o(tmp_path, state, (1, 1))
+    for part, depths in (("encoder.down", options["blocks"]), ("decoder.up", options["decoder_blocks"])):
+        for level, depth in enumerate(depths):
+            last = f"{part}.{level}.block.{depth - 1}."
+            with pytest.raises(ValueError, match=f"missing: {last}norm1.weight"):
+                show_o(tmp_path, {n: t for n, t in state.items() if not n.startswith(last)}, None)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -234,7 +279,7 @@ def test_an_average_of_nothing_is_refused(tmp_path):
 def test_the_formats_are_told_apart(make, state, tmp_path):
     (tmp_path / "file").mkdir()
     make(tmp_path / "file", state())
-    [file] = (p for p in (tmp_path / "file").iterdir() if p.is_file())
+    [file] = (p for p in (tmp_path / "file").iterdir() if p.suffix in (".ckpt", ".safetensors"))
     other, looks = ("show-o", "open-magvit2") if make is open_magvit2 else ("open-magvit2", "show-o")
     with pytest.raises(ValueError, match=f"not of format {other}; they look like {looks} "):
         convert(other, [file], tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from diffusers import VQModel
+from diffusers import AmusedImg2ImgPipeline, VQModel
 from torch import nn
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 
@@ -23,21 +23,21 @@ DDCONFIG = {"double_z": False, "z_channels": LATENT, "resolution": 64, "in_chann
 CONFIG = {"model": {"params": {"embed_dim": DIM, "n_embed": CODES, "ddconfig": DDCONFIG}}}
 
 
-def vq_model(attention: bool, randomise) -> VQModel:
+def vq_model(attention: bool, randomise, **options) -> VQModel:
     own = "Attn" if attention else ""
     model = VQModel(
         block_out_channels=WIDTHS, layers_per_block=1, latent_channels=LATENT, vq_embed_dim=DIM,
         num_vq_embeddings=CODES, down_block_types=["DownEncoderBlock2D"] * 2 + [f"{own}DownEncoderBlock2D"],
-        up_block_types=[f"{own}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
+        up_block_types=[f"{own}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2, **options,
     ).eval()  # fmt: skip
     randomise(model)
     return model
 
 
-def centred(model, encode, pictures):
+def centred(model, encode, pixels):
     """With vectors that are spread like the codes, so that many codes are used."""
     with torch.no_grad():
-        z = encode(pictures * 2 - 1).transpose(0, 1).flatten(1)  # [D, B*h*w]
+        z = encode(pixels).transpose(0, 1).flatten(1)  # [D, B*h*w]
         last = model.quant_conv
         last.bias.copy_((last.bias - z.mean(1)) / z.std(1))
         last.weight /= z.std(1)[:, None, None, None]
@@ -47,17 +47,18 @@ def centred(model, encode, pictures):
 @pytest.fixture(scope="module")
 def original(randomise, pictures):
     model = vq_model(True, randomise)
-    return centred(model, lambda x: model.encode(x).latents, pictures)
+    return centred(model, lambda x: model.encode(x).latents, pictures * 2 - 1)
 
 
 @torch.no_grad()
-def run(model: VQModel, pictures):
-    """Codes, distances and pictures [0, 1] of diffusers' VQModel."""
-    z = model.encode(pictures * 2 - 1).latents
+def run(model: VQModel, pictures, black=-1):
+    """Codes, distances and pictures [0, 1] of diffusers' VQModel, whose pixels go from `black` to 1."""
+    z = model.encode(pictures * (1 - black) + black).latents
     codes = model.quantize(z)[2][2].view(len(z), -1)
-    book = model.quantize.get_codebook_entry(codes.flatten(), (len(z), *z.shape[2:], DIM))
-    images = model.decode(book, force_not_quantize=True).sample
-    return codes, distances(z, model.quantize.embedding.weight), ((images + 1) / 2).clamp(0, 1)
+    shape = (len(z), *z.shape[2:], DIM)
+    given = codes if model.config.lookup_from_codebook else model.quantize.get_codebook_entry(codes.flatten(), shape)
+    images = model.decode(given, force_not_quantize=True, shape=shape).sample
+    return codes, distances(z, model.quantize.embedding.weight), ((images - black) / (1 - black)).clamp(0, 1)
 
 
 def distances(z, table):
@@ -124,6 +125,31 @@ def test_diffusers_with_the_names_of_its_first_releases(original, converted, pic
     assert torch.equal(converted("diffusers", state, image_size=64).encode(pictures), run(original, pictures)[0])
 
 
+def test_amused_takes_pixels_as_they_are(converted, same, pictures, randomise, tmp_path):
+    """Its pipelines give the encoder [0, 1] and clip what the decoder makes to it."""
+    theirs = vq_model(False, randomise, mid_block_add_attention=False, lookup_from_codebook=True, force_upcast=True)
+    centred(theirs, lambda x: theirs.encode(x).latents, pictures)
+    processor = AmusedImg2ImgPipeline(theirs, None, None, None, None).image_processor
+    assert not processor.config.do_normalize
+    theirs.save_pretrained(tmp_path / "vqvae")
+    ours = converted("amused", tmp_path / "vqvae", image_size=64)
+    codes, far, images = run(theirs, pictures, black=0)
+    same(ours.encode(pictures), codes, far, ours.decode(codes), images)
+    assert (run(theirs, pictures)[0] != codes).float().mean() > 0.1  # else the range would not be tested
+    assert ours.provenance["pixels"] == "[0, 1]" and ours.provenance["licence"].startswith("openrail++")
+    assert torch.equal(converted("amused", theirs.state_dict(), image_size=64).encode(pictures), ours.encode(pictures))
+
+
+def test_what_diffusers_does_not_say_of_its_pixels_is_told(converted, randomise, capsys, tmp_path):
+    plain = vq_model(False, randomise, mid_block_add_attention=False)
+    assert converted("diffusers", plain.state_dict(), image_size=64).provenance["pixels"] == "[-1, 1]"
+    assert "pixels are taken as [-1, 1]" in capsys.readouterr().out
+    plain.save_pretrained(tmp_path / "vqvae")
+    assert "notes" not in converted("diffusers", tmp_path / "vqvae", image_size=64).provenance
+    with pytest.raises(ValueError, match="no lookup_from_codebook = true.*: take the format diffusers"):
+        converted("amused", tmp_path / "vqvae", image_size=64)
+
+
 @pytest.mark.parametrize("name", ["taming", "ldm"])
 def test_taming_checkpoint_with_its_config(original, converted, same, pictures, tmp_path, name):
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -181,7 +207,7 @@ def test_chameleon_with_its_decoder(converted, same, pictures, randomise, capsys
     def vectors(x):
         return theirs.quant_conv(theirs.encoder(x))
 
-    centred(theirs, vectors, pictures)
+    centred(theirs, vectors, pictures * 2 - 1)
     decoder.quant_conv.load_state_dict(theirs.quant_conv.state_dict())
     state = to_taming(decoder.state_dict())
     beside = {"lm_head.weight": torch.zeros(3)} if prefix else {}
@@ -205,7 +231,7 @@ def janus(randomise, pictures):
     )  # fmt: skip
     model = JanusVQVAE(config).eval()
     randomise(model)
-    return centred(model, lambda x: model.quant_conv(model.encoder(x)), pictures)
+    return centred(model, lambda x: model.quant_conv(model.encoder(x)), pictures * 2 - 1)
 
 
 @torch.no_grad()
@@ -350,7 +376,12 @@ def test_what_no_tokenizer_can_be_made_of(original, published, converted, random
     with pytest.raises(ValueError, match="spatial norm .MoVQ., which is not supported: decoder"):
         converted("diffusers", spatial.state_dict())
     (tmp_path / "config.json").write_text('{"lookup_from_codebook": true}')
-    with pytest.raises(ValueError, match="aMUSEd"):
+    with pytest.raises(ValueError, match="aMUSEd's VQModel, whose pixels are .0, 1.: take the format amused$"):
+        converted("diffusers", published["diffusers"], config=tmp_path / "config.json")
+    with pytest.raises(ValueError, match="not of format amused; they look like diffusers "):
+        converted("amused", published["diffusers"])
+    (tmp_path / "config.json").write_text('{"norm_type": "spatial"}')
+    with pytest.raises(ValueError, match="spatial norm .MoVQ., which is not supported: norm_type"):
         converted("diffusers", published["diffusers"], config=tmp_path / "config.json")
     encoder = {n: t for n, t in published["chameleon"].items() if not n.startswith("decoder.")}
     with pytest.raises(ValueError, match="decoder.conv_in.weight .*missing: take vqgan.ckpt"):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from unitok.config import make_recipe
-from unitok.eval.images import block_mean, contact_sheet, evaluate, psnr, run, ssim
+from unitok.eval.images import block_mean, code_scores, contact_sheet, evaluate, psnr, run, ssim
 from unitok.nn.perceptual import Perceptual
 from unitok.tokenizers import get
 
@@ -176,6 +176,42 @@ def test_a_tokenizer_of_one_code_uses_one_code():
     assert scores["codes_used"].value == 1 / 256 and scores["perplexity"].value == 1.0
     assert scores["codes_used"].baselines["even"] > 0.8 and scores["perplexity"].baselines["even"] == 256
     assert scores["psnr"].value < scores["psnr"].baselines["one_colour"]
+
+
+@pytest.mark.parametrize("tastes", [False, True], ids=["even pictures", "pictures of few codes"])
+def test_intervals_of_codes_cover_what_other_pictures_give(tastes):
+    """95 % of the time, about; an interval by drawing pictures with replacement, which repeat, would not."""
+    rng, size = np.random.default_rng(0), 128
+    shares = 1 / np.arange(1, size + 1) ** 1.2
+    shares /= shares.sum()
+
+    def some():
+        if tastes:
+            return [rng.choice(rng.choice(size, 4, p=shares), 16) for _ in range(40)]
+        return list(rng.choice(size, (40, 16), p=shares))
+
+    runs = [(pictures, code_scores([pictures], (size,), {})) for pictures in (some() for _ in range(200))]
+    for which in (0, 1):
+        truth = np.mean([scores[which].value for _, scores in runs])
+        inside = [scores[which].interval[0] <= truth <= scores[which].interval[1] for _, scores in runs]
+        assert 0.9 < np.mean(inside)
+        wide = np.mean([np.diff(scores[which].interval) for _, scores in runs])
+        assert wide < 1.5 * 2 * 1.96 * np.std([scores[which].value for _, scores in runs])
+    truth, inside = np.mean([scores[0].value for _, scores in runs]), []
+    for pictures, _ in runs[:20]:
+        drawn = [np.concatenate([pictures[i] for i in rng.integers(0, 40, 40)]) for _ in range(200)]
+        low, high = np.quantile([len(np.unique(codes)) / size for codes in drawn], [0.025, 0.975])
+        inside.append(low <= truth <= high)
+    assert np.mean(inside) < 0.2
+
+
+def test_one_picture_says_nothing_of_others():
+    used, perplexity = code_scores([[np.array([3, 3, 5, 5])]], (16,), {})
+    assert used.value == 2 / 16 and used.interval == (1 / 16, 4 / 16)
+    assert perplexity.value == 2.0 and perplexity.interval == (1.0, 4.0)
+    assert used.protocol["interval"] == "none: one picture"
+    used, perplexity = code_scores([[np.array([0, 1])] * 2], (2,), {})
+    assert used.interval == (1.0, 1.0) and perplexity.interval == (2.0, 2.0)  # no more is possible
 
 
 def test_the_distance_of_a_network_stands_beside_that_of_block_means():

@@ -13,6 +13,7 @@ from unitok.eval.results import (
     bootstrap,
     compare,
     effective_rows,
+    jackknife,
     paired_difference,
     read_results,
     summarise,
@@ -32,6 +33,15 @@ def test_wilson_equals_published_values():
     ]:
         assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
     assert wilson(20, 20)[1] == 1.0 and wilson(20, 20)[0] < 0.9
+
+
+def test_leaving_one_out_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=30)
+    low, high = jackknife(values.mean(), [(values.sum() - v) / 29 for v in values])
+    half = 1.959964 * values.std(ddof=1) / 30**0.5
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half))
+    with pytest.raises(ValueError, match="at least two rows, got 1"):
+        jackknife(1.0, [1.0])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

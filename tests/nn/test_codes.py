@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unitok.nn.codes import CodebookUse, bits, collapse_warning, count_codes
+from unitok.nn.codes import CodebookUse, bits, collapse_warning, count_codes, leave_one_out
 
 
 def test_closed_forms():
@@ -35,6 +35,19 @@ def test_counts_and_perplexity_equal_those_by_hand_for_each_codebook():
         use = CodebookUse.of(counts)
         assert use.used == len(met) and use.perplexity == pytest.approx(math.prod(s**-s for s in shares))
     assert count_codes(codes[0], books, sizes)[1].sum() == (books == 1).sum()  # one picture
+
+
+def test_leaving_one_picture_out_is_counting_the_others():
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 40, n) ** 2 % 40 for n in (1, 5, 12, 12)]
+    found = leave_one_out(np.bincount(np.concatenate(pictures), minlength=40), pictures)
+    for out, use in enumerate(found):
+        rest = np.concatenate([codes for i, codes in enumerate(pictures) if i != out])
+        counted = CodebookUse.of(np.bincount(rest, minlength=40))
+        assert (use.size, use.used) == (counted.size, counted.used)
+        assert use.entropy == pytest.approx(counted.entropy, abs=1e-12)
+    alone = np.arange(3)
+    assert leave_one_out(np.bincount(alone), [alone]) == [CodebookUse(3, 0, 0.0)]
 
 
 def test_bits_sum_over_tokens():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,24 @@ def test_compiled_it_gives_the_codes_of_the_plain_one(name):
             assert torch.equal(fast.encode(images[3:]), codes[3:])
     said = "\n".join(lines)
     assert re.fullmatch(r"encode compiled for 16 x 16 .* s\ndecode compiled for 16 x 16 .* s", said), said
+
+
+def test_the_benchmark_knows_ties():
+    """Of codes that differ between two encoders it says whether the two nearest are equally near."""
+    path = Path(__file__).parents[2] / "benchmarks" / "encode.py"
+    spec = importlib.util.spec_from_file_location("benchmark_encode", path)
+    spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
+    tokenizer, images = make("vqgan")
+    table = tokenizer.quantize.embedding.weight.data
+    table += 0.1 * table.std() * torch.randn(table.shape)  # else the nearest are at no distance at all
+    met = tokenizer.encode(images).flatten().bincount(minlength=len(table))
+    first, *_, unused = met.argsort(descending=True).tolist()
+    table[unused] = table[first]
+    codes = tokenizer.encode(images)
+    benchmark.STATE.update(tokenizer=tokenizer, images=images)
+    with torch.no_grad():
+        gaps = benchmark.distance_gaps()
+        vectors = torch.cat([tokenizer.vectors(image * 2 - 1) for image in images.split(1)]).double()
+    far = torch.cdist(vectors, table[None].double()).square().sort(-1).values
+    assert gaps.shape == codes.shape and torch.equal(gaps < benchmark.TIE, (codes == first) | (codes == unused))
+    torch.testing.assert_close(gaps, (far[..., 1] - far[..., 0]) / far[..., 1])

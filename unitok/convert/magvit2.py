@@ -13,6 +13,7 @@ from unitok.tokenizers.base import ImageTokenizer
 from unitok.tokenizers.magvit2 import GROUPS, MAGVIT2Tokenizer
 
 GRID = 16  # positions a side at the size that the published ones were trained at
+SHOW_O = {"encoder": [4, 3, 4, 3, 4], "decoder": [4, 4, 3, 4, 3]}  # residual blocks of each level, as published
 BUFFERS = ("quantize.embedding", "quantize.power_vals")  # of Show-o: all code vectors, and what each bit counts
 
 
@@ -22,7 +23,8 @@ def open_magvit2(source: Source, image_size: int | None) -> ImageTokenizer:
     Every level is as deep as the deepest, in the encoder and in the decoder: what one lacks is missing.
     """
     shapes, config = source.shapes, source.config
-    channels, multipliers = _widths(shapes, "encoder.down")
+    levels = max(1, count(shapes, "encoder.down.{}."))
+    channels, multipliers = _widths(shapes, "encoder.down", levels)
     depth = max(max(_depths(shapes, part)) for part in ("encoder.down", "decoder.up"))
     dim = size(shapes, "encoder.conv_out.weight")
     agree(config, ddconfig__ch=channels, ddconfig__ch_mult=multipliers, ddconfig__num_res_blocks=depth,
@@ -38,9 +40,17 @@ def open_magvit2(source: Source, image_size: int | None) -> ImageTokenizer:
 
 
 def show_o(source: Source, image_size: int | None) -> ImageTokenizer:
+    """Its levels differ in depth: as published where there are five, as a config says (num_res_blocks of its encoder
+    and decoder), else all as deep as the deepest; what a level then lacks is missing."""
     state, shapes = source.state, source.shapes
-    channels, multipliers = _widths(shapes, "encoder.down")
-    _, decoder_multipliers = _widths(shapes, "decoder.up")
+    levels = max(1, *(count(shapes, part + ".{}.") for part in ("encoder.down", "decoder.up")))
+    channels, multipliers = _widths(shapes, "encoder.down", levels)
+    _, decoder_multipliers = _widths(shapes, "decoder.up", levels)
+    blocks = {}
+    for part, where in (("encoder", "encoder.down"), ("decoder", "decoder.up")):
+        usual = SHOW_O[part] if levels == len(SHOW_O[part]) else [max(_depths(shapes, where))] * levels
+        said = setting(source.config, f"{part}.num_res_blocks", usual)
+        blocks[part] = [said] * levels if isinstance(said, int) else said
     dim = size(shapes, "encoder.quant_conv.weight")
     for name, expected in zip(BUFFERS, ((2**dim, dim), (dim,)), strict=True):
         size(shapes, name)
@@ -53,13 +63,13 @@ def show_o(source: Source, image_size: int | None) -> ImageTokenizer:
             raise ValueError(f"{name} holds other values than codes that begin at the highest bit: no file of Show-o's")
     tokenizer = MAGVIT2Tokenizer(
         image_size=image_size or GRID * 2 ** (len(multipliers) - 1), layout="show-o", channels=channels,
-        multipliers=multipliers, blocks=_depths(shapes, "encoder.down"), decoder_multipliers=decoder_multipliers,
-        decoder_blocks=_depths(shapes, "decoder.up"), bits=[dim], lsb_first=False, resize="crop-bicubic",
+        multipliers=multipliers, blocks=blocks["encoder"], decoder_multipliers=decoder_multipliers,
+        decoder_blocks=blocks["decoder"], bits=[dim], lsb_first=False, resize="crop-bicubic",
     )  # fmt: skip
     return fill(tokenizer, state)
 
 
-def _widths(shapes: Shapes, levels: str) -> tuple[int, list[int]]:
+def _widths(shapes: Shapes, part: str, levels: int) -> tuple[int, list[int]]:
     """Channels at the entrance, and how many times as many each level has."""
     first = "encoder.conv_in.weight"
     channels = size(shapes, first)
@@ -68,8 +78,8 @@ def _widths(shapes: Shapes, levels: str) -> tuple[int, list[int]]:
             f"the tensors do not fit: {first} is {shapes[first]}, expected a multiple of {GROUPS} channels"
         )
     multipliers = []
-    for level in range(max(1, count(shapes, levels + ".{}."))):
-        name = f"{levels}.{level}.block.0.conv1.weight"
+    for level in range(levels):
+        name = f"{part}.{level}.block.0.conv1.weight"
         width = size(shapes, name)
         if width < channels or width % channels:
             raise ValueError(f"the tensors do not fit: {name} is {shapes[name]}, expected a multiple of {channels}")

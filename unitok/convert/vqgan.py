@@ -2,7 +2,7 @@
 
 taming, ldm, gumbel-f8, chameleon   taming's names; up.0 is the highest resolution
 janus                               the same names; up.0 is the lowest resolution
-llamagen, diffusers                 other names; the first level of the decoder is the lowest resolution
+llamagen, diffusers, amused         other names; the first level of the decoder is the lowest resolution
 """
 
 from __future__ import annotations
@@ -50,16 +50,31 @@ def llamagen(source: Source, image_size: int | None) -> ImageTokenizer:
 
 
 def diffusers(source: Source, image_size: int | None) -> ImageTokenizer:
+    if setting(source.config, "lookup_from_codebook", False):
+        raise ValueError("lookup_from_codebook marks aMUSEd's VQModel, whose pixels are [0, 1]: take the format amused")
+    if not (source.config or any(name.startswith("encoder.mid_block.attentions.") for name in source.shapes)):
+        source.notes.append("pixels are taken as [-1, 1] (no config says); where the weights are aMUSEd's, as [0, 1]: "
+                            "take the format amused")  # fmt: skip
+    return _diffusers(source, image_size)
+
+
+def amused(source: Source, image_size: int | None) -> ImageTokenizer:
+    """Its pipelines neither scale pixels to [-1, 1] in front of the encoder nor back behind the decoder."""
+    if source.config and not setting(source.config, "lookup_from_codebook", False):
+        raise ValueError("the config has no lookup_from_codebook = true, which aMUSEd's has: take the format diffusers")
+    return _diffusers(source, image_size, pixel_range=[0.0, 1.0])
+
+
+def _diffusers(source: Source, image_size: int | None, **told: Any) -> ImageTokenizer:
     spatial = [name for name in source.shapes if ".conv_y." in name or ".norm_layer." in name]
     if spatial or setting(source.config, "norm_type", "group") == "spatial":
         raise ValueError(
             f"its decoder has spatial norm (MoVQ), which is not supported: {(spatial or ['norm_type'])[0]}"
         )
-    if setting(source.config, "lookup_from_codebook", False):
-        raise ValueError("lookup_from_codebook marks aMUSEd's VQModel, whose pixels are [0, 1]: it is not supported")
     state = {_before_2023(name): tensor for name, tensor in source.state.items()}
     names = _reversed(_diffusers_name, count(source.shapes, "encoder.down_blocks.{}."))
-    return _fill(source, state, image_size, 256, names, norm_groups=setting(source.config, "norm_num_groups", 32))
+    groups = setting(source.config, "norm_num_groups", 32)
+    return _fill(source, state, image_size, 256, names, norm_groups=groups, **told)
 
 
 def _fill(
@@ -225,4 +240,7 @@ FORMATS = (
            prefixes=("gen_vision_model.",)),
     Format("diffusers", "a VQModel of diffusers: its folder, or its weights and config.json as --config",
            _has("encoder.down_blocks.0."), diffusers),
+    Format("amused", "aMUSEd's and Meissonic's VQModel: its folder, or its weights and config.json as --config",
+           _has("encoder.down_blocks.0.", but=("encoder.mid_block.attentions.",)), amused, pixels="[0, 1]",
+           licence="openrail++ (aMUSEd)"),
 )  # fmt: skip

@@ -85,6 +85,28 @@ def read_pictures(path: str | Path, columns: Mapping[str, str] | None = None) ->
         yield from ((where, image) for image in found)
 
 
+def read_captioned(path: str | Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any, list[str]]]:
+    """(where, picture, captions) for every picture of a source whose rows are {"image", "text" or "captions"}.
+
+    Rows of one picture file count as one, at its first place, with the captions of all of them. A row that has no
+    caption, or cannot be read, gives (where, ValueError, []).
+    """
+    found: dict[Any, tuple[str, Any, list[str]]] = {}
+    for where, row, base in read_source(path, columns):
+        try:
+            documents = parse_row(row, where=where, base=base)
+            if documents[0].kind != "caption":
+                raise ValueError("the row has no caption: columns image and text (or captions) are needed")
+        except ValueError as error:
+            found[where] = (where, error, [])
+            continue
+        images = [p.image for p in documents[0].parts if p.type == "image"]
+        texts = [p.text for d in documents for p in d.parts if p.text is not None]
+        key = images[0] if isinstance(images[0], Path | Slice) else where
+        found.setdefault(key, (where, images[0], []))[2].extend(texts)
+    yield from found.values()
+
+
 def read_bytes(image: Any) -> bytes:
     """The file behind a Part.image: a path, bytes, or a Slice. ValueError with one line where it cannot be read."""
     if isinstance(image, bytes):

@@ -77,6 +77,7 @@ class Detokenizer(Pretrained):
 
     takes: frozenset[str]  # parts of a Condition it can use, of "codes", "vectors", "texts"
     image_size: int
+    guidance: float = 1.0  # the scale that suits it, for callers that are told none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,10 +100,19 @@ class Detokenizer(Pretrained):
         """images float [B, 3, H, W] in [0, 1] -> (scalar, dict of detached scalars)."""
         raise lacking(self, "loss")
 
+    def fit_vectors(self, vectors: Tensor) -> None:
+        """Take what normalises vectors from these of the training data, [n, M, D]; called once, before training."""
+
     @classmethod
     def tiny(cls) -> Detokenizer:
         """A small one for tests: no network, seconds on one core."""
         raise lacking(cls, "tiny")
+
+    def condition_of(self, tokenizer: Any, codes: Tensor, grid: tuple[int, ...] | None = None) -> Condition:
+        """int64 [B, N] of an image tokenizer -> the codes, and what else of them this detokenizer takes."""
+        vectors = tokenizer.embed(codes, grid) if "vectors" in self.takes else None
+        texts = tokenizer.to_text(codes) if "texts" in self.takes and tokenizer.vocabulary == "text" else None
+        return Condition(codes=codes, grid=grid, vectors=vectors, texts=texts)
 
     def check_condition(self, condition: Condition) -> None:
         """ValueError unless the condition has a part this detokenizer takes, well formed."""

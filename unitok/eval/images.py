@@ -21,11 +21,11 @@ from torch import Tensor
 from unitok.config import DataSource
 from unitok.data.encoding import as_pixels, check_native
 from unitok.data.sources import read_image
-from unitok.detokenizers.base import Condition, load_detokenizer
+from unitok.detokenizers.base import load_detokenizer
 from unitok.eval.progress import batches
-from unitok.eval.results import Score, summarise, write_results
+from unitok.eval.results import Score, jackknife, summarise, write_results
 from unitok.eval.rows import load_rows, rows_hash, subset
-from unitok.nn.codes import CodebookUse, bits, count_codes
+from unitok.nn.codes import CodebookUse, bits, leave_one_out
 from unitok.nn.perceptual import Perceptual
 from unitok.tokenizers.base import load_tokenizer, to_pil
 
@@ -51,7 +51,8 @@ def run(model, recipe) -> list[Score]:
     rows = subset(load_rows(recipe.data, "picture", out=out), recipe.n, recipe.seed)
     return evaluate(
         tokenizer, rows, batch_size=recipe.batch_size, seed=recipe.seed, sheet=out / SHEET if out else None,
-        perceptual=network, native=bool(options.get("native", False)),
+        decode=None if tokenizer is model else getattr(model, "decode", None), perceptual=network,
+        native=bool(options.get("native", False)),
     )  # fmt: skip
 
 
@@ -83,10 +84,8 @@ def detokenize(tokenizer, detokenizer) -> Callable[[Tensor, tuple[int, ...]], Te
     """Codes, grid -> pictures of a detokenizer, at the size that the tokenizer decodes this grid to."""
 
     def decode(codes: Tensor, grid: tuple[int, ...]) -> Tensor:
-        vectors = tokenizer.embed(codes, grid) if "vectors" in detokenizer.takes else None
-        texts = tokenizer.to_text(codes) if "texts" in detokenizer.takes else None
-        condition = Condition(codes=codes, grid=grid, vectors=vectors, texts=texts)
-        drawn = detokenizer.generate(condition, seeds=[0] * len(codes))
+        condition = detokenizer.condition_of(tokenizer, codes, grid)
+        drawn = detokenizer.generate(condition, seeds=[0] * len(codes), guidance=detokenizer.guidance)
         size = (tokenizer.image_size,) * 2
         if tokenizer.fully_convolutional:
             size = (grid[0] * tokenizer.stride, grid[1] * tokenizer.stride)
@@ -131,7 +130,7 @@ def evaluate(
         metrics["perceptual"] = lambda made, images: network(made.to(device), images.to(device)).cpu()
     values: dict[str, dict[str, dict[str, float]]] = {name: {arm: {} for arm in ARMS} for name in metrics}
     sizes = tuple(tokenizer.codebook_sizes)
-    counts = [np.zeros(size, dtype=np.int64) for size in sizes]
+    drawn: list[list[np.ndarray]] = [[] for _ in sizes]  # of each codebook, every picture's codes
     spent: dict[str, dict[str, float]] = {"bits_per_image": {}, "bits_per_pixel": {}}
     grids: list[tuple[int, ...]] = []
     shown: dict[str, list[Tensor]] = {"original": [], "codes": [], "block mean": []}
@@ -161,8 +160,8 @@ def evaluate(
                 for arm in ARMS:
                     values[name][arm].update(zip(ids, metric(pictures[arm], images).tolist(), strict=True))
             books = tokenizer.token_codebook(grid).numpy()
-            for total, more in zip(counts, count_codes(codes.cpu().numpy(), books, sizes), strict=True):
-                total += more
+            for book, pile in enumerate(drawn):
+                pile += list(codes.cpu().numpy()[:, books == book].astype(np.int32))
             cost = bits(books, sizes)
             spent["bits_per_image"].update(dict.fromkeys(ids, cost))
             spent["bits_per_pixel"].update(dict.fromkeys(ids, cost / math.prod(images.shape[-2:])))
@@ -195,27 +194,38 @@ def evaluate(
         beside = {arm: values[name][arm] for arm in ARMS[1:]}
         out.append(summarise(name, values[name]["codes"], baselines=beside, protocol={**protocol, **note},
                              proportion=False, seed=seed))  # fmt: skip
-    out += code_scores(counts, len(rows), protocol)
+    out += code_scores(drawn, sizes, protocol)
     out += [summarise(name, each, protocol={**protocol, "unit": "bits"}, proportion=False, seed=seed)
             for name, each in spent.items()]  # fmt: skip
     return out
 
 
-def code_scores(counts: Sequence[np.ndarray], pictures: int, protocol: Mapping[str, Any]) -> list[Score]:
-    """codes_used and perplexity of each codebook, int [V] counts; named NAME/codebook=K where there are several.
+def code_scores(
+    drawn: Sequence[Sequence[np.ndarray]], sizes: Sequence[int], protocol: Mapping[str, Any]
+) -> list[Score]:
+    """codes_used and perplexity of each codebook, from every picture's codes, int [N]; named NAME/codebook=K where
+    there are several.
 
-    They are of the whole run and have no interval. The baseline `even` is even use by as many codes: the share that
-    even draws would meet on average, of few codes not all; the perplexity at most.
+    They are of the whole run. Interval: what as many other pictures of this kind would give, by leaving each out in
+    turn; all that is possible where there is one picture. The baseline `even` is even use by as many codes: the share
+    that even draws would meet on average, of few codes not all; the perplexity at most.
     """
     out = []
-    for book, met in enumerate(counts):
-        use, n = CodebookUse.of(met), int(met.sum())
-        suffix = f"/codebook={book}" if len(counts) > 1 else ""
+    for book, (pictures, size) in enumerate(zip(drawn, sizes, strict=True)):
+        counts = np.bincount(np.concatenate(pictures), minlength=size)
+        use, n, several = CodebookUse.of(counts), int(counts.sum()), len(pictures) > 1
+        suffix = f"/codebook={book}" if len(sizes) > 1 else ""
         told = {**protocol, "mean": "over all codes", "codes": n, "size": use.size, "used": use.used, "dead": use.dead,
-                "entropy": use.entropy, "interval": "none: counted over the whole run"}  # fmt: skip
-        even = {"codes_used": 1 - (1 - 1 / use.size) ** n, "perplexity": min(use.size, n)}
-        for name, value in (("codes_used", use.share), ("perplexity", use.perplexity)):
-            out.append(Score(name + suffix, value, pictures, (value, value), {"even": even[name]}, told))
+                "entropy": use.entropy, "interval": "jackknife 95%" if several else "none: one picture"}  # fmt: skip
+        most = min(size, n)
+        without = leave_one_out(counts, pictures)
+        used = jackknife(use.used, [each.used for each in without]) if several else (1, most)
+        entropy = jackknife(use.entropy, [each.entropy for each in without]) if several else (0, math.log2(most))
+        share = (max(used[0], 1) / size, min(used[1], most) / size)
+        perplexity = (2 ** max(entropy[0], 0), min(2 ** entropy[1], most))
+        even = 1 - (1 - 1 / size) ** n
+        out.append(Score(f"codes_used{suffix}", use.share, len(pictures), share, {"even": even}, told))
+        out.append(Score(f"perplexity{suffix}", use.perplexity, len(pictures), perplexity, {"even": most}, told))
     return out
 
 

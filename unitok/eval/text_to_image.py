@@ -192,7 +192,7 @@ def evaluate(
     tokenizer = getattr(model, "image_tokenizer", None)
     if tokenizer is None or not all(row.get("image") for row in rows):
         return score_readings(claims, read, first=first, protocol=protocol, seed=seed, name=name)
-    made, real, means = _reconstructed(tokenizer, rows, batch_size)
+    made, real, means = _reconstructed(tokenizer, rows, batch_size, getattr(model, "decode", None))
     scores = score_readings(claims, read, first=first, ceiling=made, protocol=protocol, seed=seed, name=name)
     return [*scores, _judged(claims, made, real, means, _protocol(rows))]
 
@@ -257,7 +257,7 @@ def reconstruction_judged(tokenizer, rows: Sequence[Row], *, batch_size: int = 6
     made, real, means = _reconstructed(tokenizer, rows, batch_size)
     claims: dict[str, Claim | None] = {}
     for row in rows:
-        claims[row["id"]] = Claim.from_dict(row["claim"]) if "claim" in row else _everything(real[row["id"]])
+        claims[row["id"]] = Claim.from_dict(row["claim"]) if "claim" in row else everything(real[row["id"]])
     return _judged(claims, made, real, means, _protocol(rows))
 
 
@@ -265,8 +265,14 @@ Readings = dict[str, Scene | None]
 
 
 @torch.no_grad()
-def _reconstructed(tokenizer, rows: Sequence[Row], batch_size: int) -> tuple[Readings, Readings, Readings]:
-    """Readings of the reconstructions, of the pictures themselves, and of their block means."""
+def _reconstructed(
+    tokenizer, rows: Sequence[Row], batch_size: int, decode: Callable[..., torch.Tensor] | None = None
+) -> tuple[Readings, Readings, Readings]:
+    """Readings of the reconstructions, of the pictures themselves, and of their block means.
+
+    decode: codes, grid -> pictures, in place of the tokenizer's own decoder.
+    """
+    decode = decode or tokenizer.decode
     device = next(tokenizer.parameters(), torch.empty(0)).device
     was_training = tokenizer.training
     tokenizer.eval()
@@ -274,7 +280,7 @@ def _reconstructed(tokenizer, rows: Sequence[Row], batch_size: int) -> tuple[Rea
     for batch in batches(rows, batch_size, "reconstruct"):
         images = torch.stack([tokenizer.preprocess(read_image(row["image"])) for row in batch])  # [B, 3, n, n]
         grid = tuple(tokenizer.grid(*images.shape[-2:]))
-        made = tokenizer.decode(tokenizer.encode(images.to(device)), grid).float().cpu()
+        made = decode(tokenizer.encode(images.to(device)), grid).float().cpu()
         for readings, pictures in zip(out, (made, images, block_mean(images, grid)), strict=True):
             readings.update(zip((row["id"] for row in batch), judge.read(pictures), strict=True))
     tokenizer.train(was_training)
@@ -295,7 +301,7 @@ def _judged(
     return summarise(CEILING, right(made), baselines=beside, protocol=note, proportion=True)
 
 
-def _everything(scene: Scene | None) -> Claim | None:
+def everything(scene: Scene | None) -> Claim | None:
     """All that can be claimed of a scene in its order."""
     if scene is None:
         return None

@@ -41,6 +41,7 @@ from unitok.lm.text import copy_text_tokenizer, load_text_tokenizer, text_tokeni
 from unitok.manifest import FILE, Manifest
 from unitok.vocab import LAYOUT, JointVocab
 
+LAYOUTS = {"codes": LAYOUT, "rows": ("begin", "size", "rows", "end")}  # `expand --layout`; rows: grids may vary
 BLOCK = 1024  # rows drawn from one generator: the draws do not depend on the number of threads
 PROBE_LENGTH = 3
 FINGERPRINT_VALUES = 1024  # per tensor
@@ -130,6 +131,7 @@ def expand_folder(
     layout: Sequence[str] = LAYOUT,
     init: str = "noise",
     codebook_vectors: Sequence[Tensor] | None = None,
+    detokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a model folder: the LLM with new rows, its text tokenizer, the image tokenizer, and the manifest.
@@ -137,6 +139,7 @@ def expand_folder(
     llm: any causal LM, or a model folder, which is then expanded by one more image tokenizer.
     tokenizer: a tokenizer folder. name: what the model calls it; by default the name in its manifest.
     template: how documents become text around images, kept in the manifest; by default the model folder's own.
+    detokenizer: the folder of one that draws this tokenizer's codes.
     """
     out = empty_folder(out)
     llm_folder, tokenizer_folder = open_folder(llm), open_folder(tokenizer)
@@ -145,6 +148,11 @@ def expand_folder(
     manifest = Manifest.load(llm_folder) if (llm_folder / FILE).is_file() else Manifest()
     if name in manifest.tokenizers:
         raise ValueError(f"{llm} already has an image tokenizer '{name}': give this one another --name")
+    painter = manifest.detokenizer
+    if detokenizer is not None:
+        if painter is not None:
+            raise ValueError(f"{llm} already has a detokenizer, and a model folder holds one: expand its base instead")
+        painter = {**(Manifest.load(open_folder(detokenizer)).detokenizer or {}), "tokenizer": name}
 
     model = open_lm(llm_folder, trust_remote_code=trust_remote_code)
     text_tokenizer = load_text_tokenizer(llm_folder, trust_remote_code=trust_remote_code)
@@ -169,9 +177,12 @@ def expand_folder(
     model.save_pretrained(out)
     copy_text_tokenizer(text_tokenizer, llm_folder, out)
     copy_image_parts(llm_folder, out)
-    copy_tokenizer(tokenizer_folder, out / "image_tokenizers" / name)
+    copy_folder(tokenizer_folder, out / "image_tokenizers" / name)
+    if detokenizer is not None:
+        copy_folder(open_folder(detokenizer), out / "detokenizer")
     replace(
         manifest,
+        detokenizer=painter,
         tokenizers={**manifest.tokenizers, name: section},
         vocab=vocab.to_dict(),
         base=base,
@@ -275,8 +286,8 @@ def copy_image_parts(source: Path, out: Path) -> None:
             shutil.copytree(source / kept, out / kept, dirs_exist_ok=True)
 
 
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy a tokenizer folder: its files and `assets/`, without training checkpoints and samples."""
+def copy_folder(source: Path, out: Path) -> None:
+    """Copy a tokenizer or detokenizer folder: its files and `assets/`, without training checkpoints and samples."""
     source, out = Path(source), Path(out)
 
     def other_folders(folder: str, names: list[str]) -> list[str]:

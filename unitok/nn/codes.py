@@ -53,6 +53,22 @@ def count_codes(codes: np.ndarray, books: np.ndarray, sizes: Sequence[int]) -> l
     return [np.bincount(codes[..., books == book].ravel(), minlength=size) for book, size in enumerate(sizes)]
 
 
+def leave_one_out(counts: np.ndarray, pictures: Sequence[np.ndarray]) -> list[CodebookUse]:
+    """The use of a codebook without each picture in turn: int [V] counts over all, and each one's codes int [N]."""
+    total, whole, used = int(counts.sum()), _x_log_x(counts).sum(), int((counts > 0).sum())
+    out = []
+    for codes in pictures:
+        met, times = np.unique(codes, return_counts=True)
+        rest, left = counts[met] - times, total - len(codes)
+        entropy = math.log2(left) - (whole - (_x_log_x(counts[met]) - _x_log_x(rest)).sum()) / left if left else 0.0
+        out.append(CodebookUse(len(counts), used - int((rest == 0).sum()), max(0.0, float(entropy))))
+    return out
+
+
+def _x_log_x(counts: np.ndarray) -> np.ndarray:
+    return counts * np.log2(np.maximum(counts, 1))
+
+
 def bits(books: np.ndarray, sizes: Sequence[int]) -> float:
     """Bits of a picture whose tokens come from these codebooks, int [N]: the sum of log2 of each one's size."""
     tokens = np.bincount(books, minlength=len(sizes))

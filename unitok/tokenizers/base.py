@@ -41,6 +41,7 @@ class ImageTokenizer(Pretrained):
     token_order: str = "raster"  # another name where tokens come otherwise: it changes whenever the order does
     vocabulary: str = "codes"  # "codes": new rows in the LLM; "text": words, through to_text
     stages: tuple[str, ...] = ("main",)
+    text_stages: tuple[str, ...] = ()  # those whose loss reads batch["texts"]
     exact: tuple[str, ...] | None = None  # what stays in float32 where the rest is bfloat16: modules that choose codes
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
     stride: int  # pixels a position and side, of a fully convolutional one
@@ -93,7 +94,7 @@ class ImageTokenizer(Pretrained):
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """batch["images"]: float [B, 3, H, W] in [0, 1] -> (scalar, dict of detached scalars).
 
-        Where a stage needs texts, they are in batch["texts"].
+        In a stage of `text_stages`, batch["texts"] holds B strings, a caption of each picture.
         """
         raise lacking(self, "loss")
 

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unitok.nn import quantizers, taming
+from unitok.nn.adversary import PatchCritic
 from unitok.nn.blocks import psnr
+from unitok.nn.picture_loss import PictureLoss
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 LAYOUTS = ("open-magvit2", "show-o")
@@ -44,6 +46,7 @@ class MAGVIT2Tokenizer(ImageTokenizer):
         lsb_first: a token's lowest bit is its first channel (Open-MAGVIT2), else its last (Show-o).
         pixel: "l1" or "l2", between pixels in [-1, 1].
         entropy_weight, beta: of the entropy terms and of |z - sign z|^2.
+        perceptual, perceptual_weight, adversarial_weight, adversary_*: as in nn/picture_loss.py.
     """
 
     fully_convolutional = True
@@ -64,6 +67,13 @@ class MAGVIT2Tokenizer(ImageTokenizer):
         entropy_weight: float = 0.1,
         beta: float = 0.25,
         resize: str = "crop-bilinear",
+        perceptual: str | None = None,
+        perceptual_weight: float = 1.0,
+        adversarial_weight: float = 0.0,
+        adversary_start: int = 0,
+        adversary_width: int = 64,
+        adversary_layers: int = 3,
+        adversary_adaptive: bool = True,
     ):
         super().__init__()
         parse_resize(resize)
@@ -92,6 +102,10 @@ class MAGVIT2Tokenizer(ImageTokenizer):
         width, dim = channels, self.quantizer.dim
         self.encoder = encoder(width, depths["multipliers"], depths["blocks"], dim)
         self.decoder = decoder(width, depths["decoder_multipliers"], depths["decoder_blocks"], dim)
+        self.picture_loss = PictureLoss(
+            perceptual, perceptual_weight, adversarial_weight, adversary_start, adversary_width, adversary_layers,
+            adversary_adaptive,
+        )  # fmt: skip
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         per_position = len(self.codebook_sizes)
@@ -112,13 +126,18 @@ class MAGVIT2Tokenizer(ImageTokenizer):
         return self.quantizer.vectors(codes.unflatten(1, (-1, len(self.codebook_sizes)))).to(self.dtype)  # [B, n, D]
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels and the quantizer's own terms, which count in training mode only."""
-        target = batch["images"] * 2 - 1
-        vectors, _, own = self.quantizer(self._signals(target), step)
-        error = self._pixels(vectors, self.grid(*target.shape[2:])) - target  # [B, 3, H, W]
+        """Pixels, perceptual, adversary, and the quantizer's own terms, which count in training mode only."""
+        images = batch["images"]
+        vectors, _, own = self.quantizer(self._signals(images * 2 - 1), step)
+        made = (self._pixels(vectors, self.grid(*images.shape[2:])).float() + 1) / 2
+        error = (made - images) * 2  # [B, 3, H, W]
         pixels = (error.abs() if self.pixel == "l1" else error.square()).mean()
-        parts = {"pixels": pixels, "quantizer": own, "psnr": psnr(error)}
-        return pixels + own, {name: part.detach() for name, part in parts.items()}
+        rebuilt, further = self.picture_loss(made, images, pixels, step, self.decoder.conv_out.weight)
+        parts = {"pixels": pixels, "quantizer": own, **further, "psnr": psnr(error)}
+        return rebuilt + own, {name: part.detach() for name, part in parts.items()}
+
+    def critic(self) -> PatchCritic | None:
+        return self.picture_loss.critic
 
     def _signals(self, pixels: Tensor) -> Tensor:
         return self.encoder(pixels).flatten(2).transpose(1, 2)  # [B, n, D]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unitok.nn.adversary import PatchCritic
+from unitok.nn.picture_loss import PictureLoss
 from unitok.nn.quantizers import VQ
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
@@ -39,6 +41,7 @@ class TiTokTokenizer(ImageTokenizer):
         pixel_dim, pixel_channels, pixel_multipliers, pixel_blocks: size of those codes' vectors, channels of the first
             level (a multiple of 32) and their multiples in every level, residual blocks a level.
         beta: weight of the commitment of vectors to their codes.
+        perceptual, perceptual_weight, adversarial_weight, adversary_*: as in nn/picture_loss.py.
     """
 
     token_order = "latent"
@@ -63,6 +66,13 @@ class TiTokTokenizer(ImageTokenizer):
         pixel_blocks: int = 2,
         beta: float = 0.25,
         resize: str = "crop-bicubic",
+        perceptual: str | None = None,
+        perceptual_weight: float = 1.0,
+        adversarial_weight: float = 0.0,
+        adversary_start: int = 0,
+        adversary_width: int = 64,
+        adversary_layers: int = 3,
+        adversary_adaptive: bool = True,
     ):
         super().__init__()
         parse_resize(resize)
@@ -93,6 +103,10 @@ class TiTokTokenizer(ImageTokenizer):
         if self.two_stage:
             self.pixel_quantize = nn.ModuleDict({"embedding": nn.Embedding(pixel_codes, pixel_dim)})
             self.pixel_decoder = _PixelDecoder(pixel_dim, pixel_channels, pixel_multipliers, pixel_blocks)
+        self.picture_loss = PictureLoss(
+            perceptual, perceptual_weight, adversarial_weight, adversary_start, adversary_width, adversary_layers,
+            adversary_adaptive,
+        )  # fmt: skip
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         height, width = (self.image_size if n is None else n for n in (height, width))
@@ -118,15 +132,21 @@ class TiTokTokenizer(ImageTokenizer):
         return self.pixel_decoder(torch.einsum("bphw,pq->bqhw", out.softmax(1), book.weight))
 
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the pixels, and the quantizer's loss. In a two-stage model encoder and codes stay as they
-        are and the rest is tuned, as its second stage does. The published perceptual and adversarial terms, and the
-        first stage (prediction of VQGAN codes), are not here."""
+        """Squared error of the pixels, perceptual, adversary, and the quantizer's loss. In a two-stage model encoder
+        and codes stay as they are and the rest is tuned, as its second stage does. The published first stage
+        (prediction of VQGAN codes) is not here."""
         images = batch["images"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.two_stage):
             chosen, _, quantizer = self.quantize(self.encoder(images, self.latent_tokens), step)
-        error = F.mse_loss(self.pixels(chosen), images)
-        parts = {"pixel": error, "quantizer": quantizer, "psnr": -10 * error.log10()}
-        return error + quantizer * (not self.two_stage), {name: part.detach() for name, part in parts.items()}
+        made = self.pixels(chosen)
+        error = F.mse_loss(made, images)
+        last: Any = (self.pixel_decoder if self.two_stage else self.decoder).conv_out
+        rebuilt, further = self.picture_loss(made, images, error, step, last.weight)
+        parts = {"pixel": error, "quantizer": quantizer, **further, "psnr": -10 * error.log10()}
+        return rebuilt + quantizer * (not self.two_stage), {name: part.detach() for name, part in parts.items()}
+
+    def critic(self) -> PatchCritic | None:
+        return self.picture_loss.critic
 
     @classmethod
     def tiny(cls) -> TiTokTokenizer:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from unitok.nn import quantizers
-from unitok.nn.adversary import PatchCritic, adaptive_weight
+from unitok.nn.adversary import PatchCritic
 from unitok.nn.blocks import psnr
-from unitok.nn.perceptual import Perceptual
+from unitok.nn.picture_loss import PictureLoss
 from unitok.nn.taming import Decoder, Encoder
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
@@ -44,15 +44,13 @@ class VQGANTokenizer(ImageTokenizer):
         revive: codes that fall out of use become vectors of the batch; for vq, after so many steps without use; for
             ema and rvq, where the moving count of a code falls below it. 0 never does.
         entropy_weight, entropy_temperature: of lfq and bsq. kl_weight, temperature, temperature_steps: of gumbel.
-        pixel: "l1" or "l2". perceptual: a network for nn/perceptual.py, read when training begins; none is shipped.
-        adversarial_weight: 0 trains without adversary; it joins after `adversary_start` steps.
-        adversary_adaptive: weigh it by the ratio of gradients at the decoder's last layer.
+        pixel: "l1" or "l2", between pixels in [-1, 1].
+        perceptual, perceptual_weight, adversarial_weight, adversary_*: as in nn/picture_loss.py.
+        pixel_range: what black and white are to the network; aMUSEd's has (0, 1).
     """
 
     fully_convolutional = True
     exact = ("quant_conv", "quantize")
-    _critic: PatchCritic | None
-    _network: nn.Module | None
 
     def __init__(
         self,
@@ -91,6 +89,7 @@ class VQGANTokenizer(ImageTokenizer):
         adversary_layers: int = 3,
         adversary_adaptive: bool = True,
         resize: str = "crop-lanczos",
+        pixel_range: Sequence[float] = (-1.0, 1.0),
     ):
         super().__init__()
         parse_resize(resize)
@@ -104,12 +103,12 @@ class VQGANTokenizer(ImageTokenizer):
             ("norm_groups", norm_groups, norm_groups > 0 and all(w % norm_groups == 0 for w in [channels, *widths])),
             ("pixel", pixel, pixel in PIXEL_LOSSES),
             ("temperature", temperature, len(temperature) == 2 and min(temperature) > 0),
+            ("pixel_range", pixel_range, len(pixel_range) == 2 and pixel_range[0] < pixel_range[1]),
         ):
             if not fits:
                 raise ValueError(f"vqgan cannot have {name} = {value}; see the arguments of {type(self).__name__}")
         self.image_size, self.resize = image_size, resize
-        self.pixel, self.perceptual, self.perceptual_weight = pixel, perceptual, perceptual_weight
-        self.adversarial_weight, self.adversary_adaptive = adversarial_weight, adversary_adaptive
+        self.pixel, self.black, self.white = pixel, *pixel_range
         options: dict[str, dict[str, Any]] = {
             "vq": {"normalize": normalize, "beta": beta, "legacy": legacy, "revive_after": int(revive)},
             "ema": {"normalize": normalize, "beta": beta, "revive_below": revive},
@@ -136,10 +135,10 @@ class VQGANTokenizer(ImageTokenizer):
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
         self.quant_conv = nn.Conv2d(latent, dim, 1) if pointwise else None
         self.post_quant_conv = nn.Conv2d(dim, latent, 1) if pointwise else None
-        critic = PatchCritic(adversary_width, adversary_layers, adversary_start) if adversarial_weight else None
-        # not submodules: neither is part of the tokenizer, and its folder does not hold them
-        object.__setattr__(self, "_critic", critic)
-        object.__setattr__(self, "_network", None)
+        self.picture_loss = PictureLoss(
+            perceptual, perceptual_weight, adversarial_weight, adversary_start, adversary_width, adversary_layers,
+            adversary_adaptive,
+        )  # fmt: skip
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         books = self.quantize.books
@@ -150,63 +149,48 @@ class VQGANTokenizer(ImageTokenizer):
         return torch.tensor(self.quantize.books).repeat(h * w)
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.quantize.encode(self.vectors(images * 2 - 1)).flatten(1)  # [B, h*w*K]
+        return self.quantize.encode(self.vectors(self._ranged(images))).flatten(1)  # [B, h*w*K]
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        pixels = self.pixels(self.embed(codes, grid), self.check_grid(grid))
-        return ((pixels + 1) / 2).clamp(0, 1).float()
+        return self._unranged(self.pixels(self.embed(codes, grid), self.check_grid(grid))).clamp(0, 1).float()
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return self.quantize.vectors(codes.unflatten(1, (-1, len(self.quantize.books)))).to(self.dtype)  # [B, h*w, D]
 
     def vectors(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> float32 [B, h*w, D], before they are quantized."""
+        """float [B, 3, H, W] in `pixel_range` -> float32 [B, h*w, D], before they are quantized."""
         z = self.encoder(images)
         z = z if self.quant_conv is None else self.quant_conv(z)
         return z.flatten(2).transpose(1, 2).float()
 
     def pixels(self, vectors: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """float [B, h*w, D] -> float [B, 3, H, W], about [-1, 1]."""
+        """float [B, h*w, D] -> float [B, 3, H, W], about `pixel_range`."""
         z = vectors.transpose(1, 2).unflatten(2, grid[:2])
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
+    def _ranged(self, images: Tensor) -> Tensor:
+        return images * (self.white - self.black) + self.black
+
+    def _unranged(self, images: Tensor) -> Tensor:
+        return (images - self.black) / (self.white - self.black)
+
     def loss(self, batch: Mapping[str, Any], step: int, stage: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels + perceptual + quantizer + adversary, the latter weighed by the ratio of their gradients."""
-        images = batch["images"] * 2 - 1
-        z = self.vectors(images)
+        images = batch["images"]
+        z = self.vectors(self._ranged(images))
         with torch.autocast(images.device.type, enabled=False):  # codes are chosen in float32
             chosen, codes, quantizing = self.quantize(z, step)
-        made = self.pixels(chosen, self.grid(*images.shape[2:]))
-        error = made.float() - images
-        parts = {"pixels": error.abs().mean() if self.pixel == "l1" else error.square().mean(), "quantizer": quantizing}
-        rebuilt = parts["pixels"]
-        if self.perceptual:
-            seen = self._distance(made.float() / 2 + 0.5, batch["images"])
-            parts["perceptual"] = seen.mean()
-            rebuilt = rebuilt + self.perceptual_weight * parts["perceptual"]
-        total = rebuilt + quantizing
-        critic: PatchCritic | None = self._critic
-        if critic is not None:
-            critic.made = made.detach().float()
-            if step >= critic.start:
-                fooled = -critic(made.float()).mean()
-                weight = torch.tensor(self.adversarial_weight, device=total.device)
-                if self.adversary_adaptive and torch.is_grad_enabled():
-                    weight = weight * adaptive_weight(rebuilt, fooled, self.decoder.conv_out.weight)
-                total = total + weight * fooled
-                parts |= {"adversarial": fooled, "adversarial_weight": weight}
+        made = self._unranged(self.pixels(chosen, self.grid(*images.shape[2:])).float())
+        error = (made - images) * 2
+        pixels = error.abs().mean() if self.pixel == "l1" else error.square().mean()
+        rebuilt, further = self.picture_loss(made, images, pixels, step, self.decoder.conv_out.weight)
         used = [codes[..., k].unique().numel() / self.codebook_sizes[b] for k, b in enumerate(self.quantize.books)]
-        parts |= {"psnr": psnr(error), "codes_used": torch.tensor(sum(used) / len(used))}
-        return total, {name: part.detach() for name, part in parts.items()}
-
-    def _distance(self, images: Tensor, reference: Tensor) -> Tensor:
-        assert self.perceptual is not None
-        network = self._network or Perceptual.open(self.perceptual).to(images.device)
-        object.__setattr__(self, "_network", network)
-        return network(images, reference)
+        parts = {"pixels": pixels, "quantizer": quantizing, **further, "psnr": psnr(error)}
+        parts["codes_used"] = torch.tensor(sum(used) / len(used))
+        return rebuilt + quantizing, {name: part.detach() for name, part in parts.items()}
 
     def critic(self) -> PatchCritic | None:
-        return self._critic
+        return self.picture_loss.critic
 
     @classmethod
     def tiny(cls) -> VQGANTokenizer:

@@ -6,14 +6,13 @@ import json
 import logging
 import os
 import socket
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers.utils import logging as hf_logging
+
+from unitok.checkpoint import quiet
 
 _deepspeed_used = False
 
@@ -39,7 +38,7 @@ class Processes:
                     self._default(stack, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
                                           "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # fmt: skip
                 _prepare_deepspeed()
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
             self.main = self.rank == 0
             self.leave = stack.pop_all()
@@ -71,22 +70,6 @@ class Processes:
     def wait(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.barrier()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bar for every checkpoint, and no warnings of libraries about one another."""
-    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _check(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures for training a tokenizer: read once into memory as uint8 where they fit, else streamed from their files.
+"""Pictures to train on: read once into memory as uint8 where they fit, else streamed from their files.
 
 The order is a function of (seed, position) alone: an epoch is a permutation drawn from its own generator, and a step
 takes the next batch_size positions, whatever the number of processes. So a position is all that resuming needs.
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from unitok import checkpoint
 from unitok.config import DataSource
-from unitok.data.sources import read_image, read_pictures
+from unitok.data.sources import read_captioned, read_image, read_pictures
 
 IN_MEMORY = 2 << 30  # bytes of pictures that are kept in memory
 HELD_OUT_SHARE = 10  # at most one picture in ten is held out
+
+
+class _Item(NamedTuple):
+    where: str
+    picture: Any  # what `read_image` reads
+    captions: tuple[str, ...]
 
 
 class Order:
@@ -65,9 +71,13 @@ class Order:
 class Pictures:
     """The training and the held-out pictures of a recipe's data.
 
+    Args:
+        captioned: rows have captions, and those of one picture file are one picture.
+
     Attributes:
         held_out: uint8 [E, 3, S, S], never trained on.
-        fingerprint: changes when the list of pictures does.
+        held_out_captions: of each of them every caption; empty unless captioned.
+        fingerprint: changes when the list of pictures, or of captions, does.
         refused: how many pictures could not be used; each is a line of the quarantine file.
     """
 
@@ -82,8 +92,10 @@ class Pictures:
         workers: int = 0,
         quarantine: Path | None = None,
         in_memory: int = IN_MEMORY,
+        captioned: bool = False,
     ):
-        self.fit, self.workers, self.quarantine = fit, workers, quarantine
+        self.fit, self.workers, self.quarantine, self.captioned = fit, workers, quarantine, captioned
+        self.seed = seed
         self._bad: dict[str, str] = {}
         digest = hashlib.sha256()
         listed = [self._list(source, digest) for source in sources]
@@ -101,15 +113,17 @@ class Pictures:
         for source in listed:
             kept.append([item for i, item in enumerate(source, start) if i not in held])
             start += len(source)
-        self.held_out = self._read([items[i] for i in sorted(held)])[1]
+        good, self.held_out = self._read([items[i] for i in sorted(held)])
+        self.held_out_captions = [items[i].captions for i, is_good in zip(sorted(held), good, strict=True) if is_good]
         self.cache: Tensor | None = None
-        if sum(map(len, kept)) * 3 * image_size**2 <= in_memory:
-            good, self.cache = self._read([item for source in kept for item in source])
+        self.items = [item for source in kept for item in source]
+        if len(self.items) * 3 * image_size**2 <= in_memory:
+            good, self.cache = self._read(self.items)
             ends = np.cumsum([0, *map(len, kept)])
             sizes = [int(good[a:b].sum()) for a, b in zip(ends, ends[1:], strict=False)]
+            self.items = [item for item, is_good in zip(self.items, good, strict=True) if is_good]
         else:
             sizes = [len(source) for source in kept]
-        self.items = [item for source in kept for item in source]
         if sum(sizes) == 0:
             raise ValueError(f"no picture could be read; {self.refused} refused, see {quarantine}")
         self.order = Order(sizes, [s.weight for s in sources], seed)
@@ -124,10 +138,17 @@ class Pictures:
         self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[Tensor]:
         """uint8 [batch_size / world, 3, S, S] for each step of first_step ... last_step - 1."""
+        yield from (images for _, images in self.indexed_batches(first_step, last_step, batch_size, rank, world))
+
+    def indexed_batches(
+        self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, each behind the int64 [batch_size / world] of the pictures in it."""
         share = batch_size // world
         wanted = (self.order.take(s * batch_size + rank * share, share) for s in range(first_step, last_step))
         if self.cache is not None:
-            yield from (self.cache[torch.from_numpy(index)] for index in wanted)
+            for index in map(torch.from_numpy, wanted):
+                yield index, self.cache[index]
             return
         stream = DataLoader(
             _Stream(self.items, self.fit),
@@ -136,31 +157,40 @@ class Pictures:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
         )
-        for images, bad in stream:
+        for index, images, bad in stream:
             if bad:
                 self._bad.update(bad)
                 self._write_quarantine()
-            yield images
+            yield index, images
 
-    def _list(self, source: DataSource, digest: Any) -> list[tuple[str, Any]]:
-        items: list[tuple[str, Any]] = []
-        for where, picture in read_pictures(source.path, source.columns):
+    def texts(self, index: Tensor, step: int) -> list[str]:
+        """A caption of each of these pictures, drawn by (seed, step)."""
+        rng = np.random.default_rng([self.seed, 3, step])
+        drawn = rng.random(len(index))
+        captions = [self.items[i].captions for i in index.tolist()]
+        return [options[int(share * len(options))] for options, share in zip(captions, drawn, strict=True)]
+
+    def _list(self, source: DataSource, digest: Any) -> list[_Item]:
+        items: list[_Item] = []
+        read = read_captioned if self.captioned else read_pictures
+        for where, picture, *captions in read(source.path, source.columns):
             if source.limit is not None and len(items) >= source.limit:
                 break
             if isinstance(picture, ValueError):
                 self._bad[f"{source.path}: {where}"] = str(picture)
             else:
-                digest.update(f"{where}\n".encode())
-                items.append((f"{source.path}: {where}", picture))
+                item = _Item(f"{source.path}: {where}", picture, tuple(captions[0]) if captions else ())
+                digest.update("\n".join((where, *item.captions, "")).encode())
+                items.append(item)
         return items
 
-    def _read(self, items: list[tuple[str, Any]]) -> tuple[np.ndarray, Tensor]:
+    def _read(self, items: list[_Item]) -> tuple[np.ndarray, Tensor]:
         """(which of them could be read, uint8 [n, 3, S, S] of those)."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:  # decoding and resizing release the lock
             read = list(pool.map(lambda item: _try(item, self.fit), items))
         good = np.array([isinstance(r, Tensor) for r in read], bool)
         pairs = zip(items, read, strict=True)
-        self._bad.update((where, str(r)) for (where, _), r in pairs if isinstance(r, ValueError))
+        self._bad.update((item.where, str(r)) for item, r in pairs if isinstance(r, ValueError))
         tensors = [r for r in read if isinstance(r, Tensor)]
         return good, torch.stack(tensors) if tensors else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
@@ -173,27 +203,29 @@ class Pictures:
 class _Stream(Dataset):
     """A picture that cannot be read is replaced by the next one that can, so that the order stays what it is."""
 
-    def __init__(self, items: list[tuple[str, Any]], fit: Callable[[Any], Tensor]):
+    def __init__(self, items: list[_Item], fit: Callable[[Any], Tensor]):
         self.items, self.fit = items, fit
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, dict[str, str]]:
-        images, bad = [], {}
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """(which pictures they are, uint8 [b, 3, S, S], why others could not be read)."""
+        shown, images, bad = [], [], {}
         for index in indices.tolist():
             for i in range(index, index + len(self.items)):
                 item = self.items[i % len(self.items)]
                 image = _try(item, self.fit)
                 if isinstance(image, Tensor):
+                    shown.append(i % len(self.items))
                     images.append(image)
                     break
-                bad[item[0]] = str(image)
+                bad[item.where] = str(image)
             else:
                 raise ValueError(f"no picture can be read any more, the last one because: {image}")
-        return torch.stack(images), bad
+        return torch.tensor(shown), torch.stack(images), bad
 
 
-def _try(item: tuple[str, Any], fit: Callable[[Any], Tensor]) -> Tensor | ValueError:
+def _try(item: _Item, fit: Callable[[Any], Tensor]) -> Tensor | ValueError:
     """uint8 [3, S, S], or why there is none."""
     try:
-        return (fit(read_image(item[1])) * 255).round().to(torch.uint8)
+        return (fit(read_image(item.picture)) * 255).round().to(torch.uint8)
     except ValueError as error:
         return error

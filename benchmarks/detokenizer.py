@@ -1,0 +1,200 @@
+"""A diffusion detokenizer on held-out scenes: does it draw what its codes say, and how fast?
+
+    python -m unitok.data.scene_files out/detokenizer_test --test 512 --seed 9
+    python benchmarks/detokenizer.py DETOKENIZER --tokenizer T [--clip FOLDER] [--distilled D] [--n 512]
+
+Arms      the codes of the picture, those of another picture (shuffled), none (guidance 0), the tokenizer's own decoder:
+          PSNR against the picture, and the share that the judge reads as the picture's whole scene
+Guidance  0, 1, 2, 4, 8: the judge, and diversity: the standard deviation of a pixel over four seeds
+Steps     the detokenizer with fewer steps, and distilled: the judge, and seconds a picture
+Inversion DDIM backwards, then forwards: the error after 20 to 1000 steps of each
+bfloat16  the judge, beside float32
+
+With --clip the detokenizer draws from one image embedding, and there is no decoder beside it. Prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# a script's folder comes first on sys.path, and tokenizers.py in it stands for the library of that name
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
+import torch
+from torch import Tensor
+
+from unitok.data.scenes import satisfies
+from unitok.data.sources import read_image
+from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
+from unitok.eval import judge
+from unitok.eval.results import bootstrap, wilson
+from unitok.eval.text_to_image import everything
+from unitok.tokenizers.base import load_tokenizer
+from unitok.training.tokenizer import psnr
+
+SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("detokenizer")
+    parser.add_argument("--tokenizer", default="builtin:scenes")
+    parser.add_argument("--clip")
+    parser.add_argument("--distilled", nargs="*", default=[])
+    parser.add_argument("--data", type=Path, default=Path("out/detokenizer_test"))
+    parser.add_argument("--n", type=int, default=512)
+    parser.add_argument("--few", type=int, default=128, help="pictures of the rows on guidance, inversion and bfloat16")
+    parser.add_argument("--only", nargs="*", help="arms, guidance, steps, inversion, bf16")
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in (arguments.data / "test_captions.jsonl").read_text().splitlines()]
+    rows = rows[: arguments.n]
+    detokenizer = load_detokenizer(arguments.detokenizer)
+    size = detokenizer.image_size
+    bench = Bench(detokenizer, [arguments.data / row["image"] for row in rows], size, arguments)
+    for name in arguments.only or ("arms", "guidance", "steps", "inversion", "bf16"):
+        getattr(bench, name)()
+
+
+class Bench:
+    """The pictures, their scenes as the judge reads them, and their conditions."""
+
+    def __init__(self, detokenizer: Detokenizer, paths: Sequence[Path], size: int, arguments: argparse.Namespace):
+        from unitok.tokenizers.base import fit, to_tensor
+
+        self.detokenizer, self.arguments = detokenizer, arguments
+        self.tokenizer = None if arguments.clip else load_tokenizer(arguments.tokenizer)
+        rule = self.tokenizer.resize if self.tokenizer else "squash-bicubic"
+        self.images = torch.stack([to_tensor(fit(read_image(path), size, rule)) for path in paths])  # [n, 3, S, S]
+        self.claims = [everything(scene) for scene in judge.read(self.images)]
+        self.condition = self._condition()
+        self.other = torch.arange(len(paths)).roll(1)
+
+    @torch.no_grad()
+    def _condition(self) -> Condition:
+        if self.arguments.clip:
+            from unitok.training.clip import image_vectors
+
+            return Condition(vectors=image_vectors(self.arguments.clip, self.images))
+        codes = torch.cat([self.tokenizer.encode(batch) for batch in self.images.split(BATCH)])
+        grid = self.tokenizer.grid(*self.images.shape[2:])
+        vectors = self.tokenizer.embed(codes, grid) if "vectors" in self.detokenizer.takes else None
+        return Condition(codes=codes, grid=grid, vectors=vectors)
+
+    # ---- rows
+
+    def arms(self) -> None:
+        n = len(self.images)
+        shuffled = self.condition.rows(self.other.tolist())
+        made = {
+            "real": self.draw(self.condition),
+            "shuffled": self.draw(shuffled),
+            "none": self.draw(self.condition, 0.0),
+        }
+        if self.tokenizer is not None and self.condition.codes is not None:
+            try:
+                parts = self.condition.codes.split(BATCH)
+                made["decoder"] = torch.cat([self.tokenizer.decode(codes, self.condition.grid) for codes in parts])
+            except NotImplementedError:
+                pass  # a tokenizer without a decoder has none to stand beside
+        scores = {name: (psnr(pictures, self.images), self.judged(pictures)) for name, pictures in made.items()}
+        for name, (decibel, right) in scores.items():
+            low, high = bootstrap(decibel.tolist(), seed=0)
+            self.say(f"detokenizer_{name}_psnr", decibel.mean().item(), scores["shuffled"][0].mean().item(), "dB",
+                     ratio=10 ** ((decibel.mean() - scores["shuffled"][0].mean()).item() / 10), n=n,
+                     interval=[round(low, 2), round(high, 2)])  # fmt: skip
+            share = right.mean().item()
+            self.say(f"detokenizer_{name}_judged", share, scores["shuffled"][1].mean().item(), "share", n=n,
+                     interval=[round(x, 4) for x in wilson(right.sum().item(), n)])  # fmt: skip
+        self.sheet([self.images, *made.values()], "arms.png")
+
+    def guidance(self) -> None:
+        few = self.arguments.few
+        some = self.condition.rows(slice(few))
+        for scale in SCALES:
+            drawn = torch.stack([self.draw(some, scale, seed=s) for s in range(4)])  # [4, few, 3, S, S]
+            right = torch.cat([self.judged(pictures) for pictures in drawn]).mean().item()
+            spread = drawn.std(0).mean().item()
+            self.say(
+                f"guidance_{scale:g}", right, spread, "share judged right, and diversity as peer", ratio=None, n=4 * few
+            )
+
+    def steps(self) -> None:
+        teacher, begun = self.detokenizer, time.perf_counter()
+        full = self.judged(self.draw(self.condition)).mean().item()
+        seconds = time.perf_counter() - begun
+        self.say(f"steps_{teacher.steps}", full, full, "share", n=len(self.images), seconds=round(seconds, 1))
+        for count in (20, 8, 4):
+            self._fewer(f"undistilled_{count}", teacher, count, full, seconds)
+        for folder in self.arguments.distilled:
+            student = load_detokenizer(folder)
+            self._fewer(f"distilled_{student.steps}", student, None, full, seconds)
+
+    def _fewer(self, name: str, detokenizer: Detokenizer, steps: int | None, full: float, seconds: float) -> None:
+        begun = time.perf_counter()
+        right = self.judged(self.draw(self.condition, steps=steps, by=detokenizer)).mean().item()
+        mine = time.perf_counter() - begun
+        self.say(
+            name, right, full, "share", n=len(self.images), seconds=round(mine, 1), faster=round(seconds / mine, 2)
+        )
+
+    def inversion(self) -> None:
+        some = self.condition.rows(slice(self.arguments.few // 8))
+        images = self.images[: len(some)]
+        for count in (20, 50, 250, 1000):
+            noise = self.detokenizer.invert(images, some, steps=count)
+            again = self.detokenizer.generate_from(noise, some, steps=count)
+            error = (again - images).square().mean().sqrt().item()
+            self.say(f"inversion_{count}", error, None, "root mean squared error of pixels", n=len(some))
+
+    def bf16(self) -> None:
+        some, claims = self.condition.rows(slice(self.arguments.few)), self.claims[: self.arguments.few]
+        plain = self.judged(self.draw(some)).mean().item()
+        half = load_detokenizer(self.arguments.detokenizer).to(torch.bfloat16)
+        right = self.judged(self.draw(some, by=half)).mean().item()
+        self.say("bfloat16", right, plain, "share", n=len(claims))
+
+    # ---- helpers
+
+    def draw(self, condition: Condition, guidance: float | None = None, *, seed: int = 0, steps: int | None = None,
+             by: Detokenizer | None = None) -> Tensor:  # fmt: skip
+        by = by or self.detokenizer
+        scale = by.guidance if guidance is None else guidance
+        made = []
+        for start in range(0, len(condition), BATCH):
+            rows = list(range(start, min(start + BATCH, len(condition))))
+            seeds = [1000 * seed + i for i in rows]
+            made.append(by.generate(condition.rows(rows), seeds=seeds, guidance=scale, steps=steps).float())
+        return torch.cat(made)
+
+    def judged(self, pictures: Tensor) -> Tensor:
+        """float [n]: 1 where the judge reads the whole scene of the real picture."""
+        pairs = zip(judge.read(pictures.clamp(0, 1)), self.claims, strict=False)
+        return torch.tensor([float(bool(s) and c is not None and satisfies(s, c)) for s, c in pairs])
+
+    def say(self, name: str, ours: float, peer: float | None, unit: str, **more) -> None:
+        if "ratio" not in more:
+            more["ratio"] = None if not peer else round(ours / peer, 3)
+        line = {"name": name, "ratio": more.pop("ratio"), "ours": round(ours, 4), "peer": peer and round(peer, 4),
+                "unit": unit, "runs": 1, "spread": 0.0, **more}  # fmt: skip
+        if isinstance(line["ratio"], float) and math.isfinite(line["ratio"]):
+            line["ratio"] = round(line["ratio"], 3)
+        print(json.dumps(line), flush=True)
+
+    def sheet(self, rows: Sequence[Tensor], name: str) -> None:
+        from unitok.tokenizers.base import to_pil
+
+        picture = torch.cat([torch.cat(list(row[:16]), dim=2) for row in rows], dim=1)
+        folder = Path(self.arguments.detokenizer) / "training"
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil(picture.clamp(0, 1)).resize((picture.shape[2] * 3, picture.shape[1] * 3), 0).save(folder / name)
+
+
+if __name__ == "__main__":
+    main()

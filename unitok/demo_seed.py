@@ -1,0 +1,168 @@
+"""SEED end to end on scenes, from nothing: `unitok demo --tokenizer seed`. No weights of it are shipped.
+
+    data         scenes; no held-out pair in training
+    clip         a small CLIP, frozen from here on: what sees, and what the image embedding is
+    contrastive  the causal Q-Former: pictures and captions find each other
+    codes        the codebook, and the way back to CLIP's image embedding
+    painter      a diffusion decoder that draws from an image embedding
+    tokenize     captioned pictures become token shards
+    language     the embedded base LLM gets SEED's rows and learns captions -> codes and codes -> captions
+    scores       retrieval from codes; pictures drawn from captions of held-out pairs, judged
+    report       report.json, and a sheet
+
+Stages exchange files in OUT and each is done once: a second run, or one after an interruption, goes on from there. The
+recipes are those of the root folders, so it runs where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from unitok.checkpoint import config_hash, read_json, write_json
+from unitok.config import DataSource, load_recipe
+
+HERE = Path("out/seed")  # where the recipes have everything
+PICTURES = {"train": 20_000, "validation": 1024, "test": 600}
+CAPTIONS = 4  # of each training picture
+NAME = "seed"
+CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE = (
+    "training/scene_clip.yaml",
+    "tokenizers/scenes_seed_contrastive.yaml",
+    "tokenizers/scenes_seed.yaml",
+    "training/scenes_unclip.yaml",
+    "training/scenes_seed_llm.yaml",
+)
+SOURCES = ("train_draw", "train_describe")
+DRAW = {"guidance": 1.5, "temperature": 0.7}
+PROCESSES = min(2, os.cpu_count() or 1)
+SHOWN = 16
+BATCH = 200
+
+
+class SeedDemo:
+    """One run; `seconds` by stage."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> Path:
+        """Run what is not yet done and return the path of report.json. ValueError where `out` holds another demo."""
+        stages: dict[str, Callable[[], None]] = {
+            "data": self.data,
+            "clip": lambda: self.train(CLIP, processes=1),
+            "contrastive": lambda: self.train(CONTRASTIVE),
+            "codes": lambda: self.train(CODES),
+            "painter": lambda: self.train(PAINTER),
+            "tokenize": self.tokenize,
+            "language": self.language,
+            "scores": self.scores,
+            "report": self.report,
+        }
+        for file in (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE):
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"no {file} here: run this demo in the folder of the project")
+        state = self.out / "stages.json"
+        done = read_json(state) if state.is_file() else {}
+        asked = config_hash({file: Path(file).read_text() for file in (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE)})
+        if done.get("asked", asked) != asked:
+            raise ValueError(f"{self.out} holds a demo made by other recipes: choose another --out")
+        self.console.print("every stage is trained here: about an hour on 2 CPU cores; it goes on where it was stopped")
+        for name, stage in stages.items():
+            if name in done:
+                self.seconds[name] = done[name]
+                self.console.print(f"[dim]{name:11} reused ({done[name]:.0f} s)[/dim]")
+                continue
+            self.console.print(f"[bold]{name}[/bold]")
+            begun = time.perf_counter()
+            stage()
+            self.seconds[name] = done[name] = round(time.perf_counter() - begun, 1)
+            write_json(state, {**done, "asked": asked})
+            self.console.print(f"[dim]{name:11} {done[name]:.0f} s[/dim]")
+        self.console.print(f"{sum(self.seconds.values()):.0f} s in all")
+        return self.out / "report.json"
+
+    # ---- stages
+
+    def data(self) -> None:
+        from unitok.data.scene_files import write_scenes
+
+        write_scenes(self.out / "data", setting="base", pictures=PICTURES, captions=CAPTIONS, seed=0)
+
+    def train(self, file: str, *, processes: int = PROCESSES) -> None:
+        """A recipe of the root folders with everything in `out`, as processes of their own.
+
+        Two processes of one thread are faster than one of two; and a stage's memory goes when it ends.
+        """
+        command = [sys.executable, "-m"]
+        if processes > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+        threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+        moved = [f"{key}={self.out / Path(value).relative_to(HERE)}" for key, value in _paths(load_recipe(file))]
+        subprocess.run([*command, "unitok", "train", file, *moved], check=True, env={**os.environ, **threads})
+
+    def tokenize(self) -> None:
+        from unitok.data.shards import census_line, summary_line, tokenize
+
+        for source in SOURCES:
+            shards = self.out / "shards" / source
+            summary = tokenize(self.out / "data" / f"{source}.jsonl", self.out / "tokenizer", shards, name=NAME)
+            self.console.print(f"  {source}: {summary_line(summary)}", highlight=False)
+            self.console.print(f"  {census_line(summary)}", highlight=False)
+
+    def language(self) -> None:
+        from unitok.lm.expand import expand_folder
+
+        expanded = self.out / "expanded"
+        if not (expanded / "unitok.json").is_file():
+            shutil.rmtree(expanded, ignore_errors=True)
+            expand_folder("builtin:scenes", self.out / "tokenizer", expanded, NAME, detokenizer=self.out / "painter")
+        self.train(LANGUAGE)
+
+    def scores(self) -> None:
+        from unitok.eval import retrieval, text_to_image
+        from unitok.eval.results import write_results
+        from unitok.eval.rows import load_rows
+        from unitok.model import load
+
+        model = load(self.out / "model", tokenizer=NAME)
+        rows = retrieval.gallery(load_rows([self._source("validation_captions.jsonl")], "caption"), retrieval.GALLERY)
+        found = retrieval.evaluate(model.image_tokenizer, rows)
+        prompts = text_to_image.load_prompts([self._source("test_prompts.jsonl")])
+        found += text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=DRAW, out=self.out / "images")
+        write_results(self.out / "scores.json", found)
+
+    def report(self) -> None:
+        scores = read_json(self.out / "scores.json")["scores"]
+        write_json(self.out / "report.json", {"seconds": self.seconds, "scores": scores})
+        for score in scores:
+            beside = ", ".join(f"{name} {value:.3f}" for name, value in score["baselines"].items())
+            self.console.print(f"  {score['name']} {score['value']:.3f} (n {score['n']}; {beside})", highlight=False)
+
+    def _source(self, name: str) -> DataSource:
+        return DataSource(path=str(self.out / "data" / name))
+
+
+def _paths(recipe) -> list[tuple[str, str]]:
+    """Where the recipe points into HERE: (key with dots, path)."""
+    found: list[tuple[str, str]] = []
+
+    def walk(key: str, value) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, item in items:
+            walk(f"{key}.{name}" if key else str(name), item)
+        if isinstance(value, str) and Path(value).is_relative_to(HERE):
+            found.append((key, value))
+
+    walk("", json.loads(recipe.model_dump_json(exclude_unset=True)))
+    return found
