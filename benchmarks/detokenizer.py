@@ -16,6 +16,7 @@ With --clip the detokenizer draws from one image embedding, and there is no deco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -31,12 +32,14 @@ from torch import Tensor
 
 from unitok.data.scenes import satisfies
 from unitok.data.sources import read_image
-from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
+from unitok.detokenizers.base import Condition, load_detokenizer
+from unitok.detokenizers.diffusion import DiffusionDetokenizer
 from unitok.eval import judge
 from unitok.eval.results import bootstrap, wilson
 from unitok.eval.text_to_image import everything
-from unitok.tokenizers.base import load_tokenizer
-from unitok.training.tokenizer import psnr
+from unitok.tokenizers.base import fit, to_pil, to_tensor
+from unitok.training.detokenizer import ClipSource, TokenizerSource
+from unitok.training.run import psnr
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 BATCH = 64
@@ -55,37 +58,33 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in (arguments.data / "test_captions.jsonl").read_text().splitlines()]
     rows = rows[: arguments.n]
-    detokenizer = load_detokenizer(arguments.detokenizer)
-    size = detokenizer.image_size
-    bench = Bench(detokenizer, [arguments.data / row["image"] for row in rows], size, arguments)
+    detokenizer = opened(arguments.detokenizer)
+    bench = Bench(detokenizer, [arguments.data / row["image"] for row in rows], arguments)
     for name in arguments.only or ("arms", "guidance", "steps", "inversion", "bf16"):
         getattr(bench, name)()
+
+
+def opened(folder: str) -> DiffusionDetokenizer:
+    detokenizer = load_detokenizer(folder)
+    if not isinstance(detokenizer, DiffusionDetokenizer):
+        raise SystemExit(f"{folder} is no diffusion detokenizer")
+    return detokenizer
 
 
 class Bench:
     """The pictures, their scenes as the judge reads them, and their conditions."""
 
-    def __init__(self, detokenizer: Detokenizer, paths: Sequence[Path], size: int, arguments: argparse.Namespace):
-        from unitok.tokenizers.base import fit, to_tensor
-
+    def __init__(self, detokenizer: DiffusionDetokenizer, paths: Sequence[Path], arguments: argparse.Namespace):
         self.detokenizer, self.arguments = detokenizer, arguments
-        self.tokenizer = None if arguments.clip else load_tokenizer(arguments.tokenizer)
-        rule = self.tokenizer.resize if self.tokenizer else "squash-bicubic"
-        self.images = torch.stack([to_tensor(fit(read_image(path), size, rule)) for path in paths])  # [n, 3, S, S]
+        device = torch.device("cpu")
+        source = ClipSource(arguments.clip, device) if arguments.clip else TokenizerSource(arguments.tokenizer, device)
+        self.tokenizer = source.tokenizer if isinstance(source, TokenizerSource) else None
+        size = detokenizer.image_size
+        self.images = torch.stack([to_tensor(fit(read_image(path), size, source.resize)) for path in paths])
         self.claims = [everything(scene) for scene in judge.read(self.images)]
-        self.condition = self._condition()
+        kept = torch.cat([source.see(some) for some in self.images.split(BATCH)])
+        self.condition = source.condition(kept, detokenizer)
         self.other = torch.arange(len(paths)).roll(1)
-
-    @torch.no_grad()
-    def _condition(self) -> Condition:
-        if self.arguments.clip:
-            from unitok.training.clip import image_vectors
-
-            return Condition(vectors=image_vectors(self.arguments.clip, self.images))
-        codes = torch.cat([self.tokenizer.encode(batch) for batch in self.images.split(BATCH)])
-        grid = self.tokenizer.grid(*self.images.shape[2:])
-        vectors = self.tokenizer.embed(codes, grid) if "vectors" in self.detokenizer.takes else None
-        return Condition(codes=codes, grid=grid, vectors=vectors)
 
     # ---- rows
 
@@ -97,12 +96,10 @@ class Bench:
             "shuffled": self.draw(shuffled),
             "none": self.draw(self.condition, 0.0),
         }
-        if self.tokenizer is not None and self.condition.codes is not None:
-            try:
-                parts = self.condition.codes.split(BATCH)
-                made["decoder"] = torch.cat([self.tokenizer.decode(codes, self.condition.grid) for codes in parts])
-            except NotImplementedError:
-                pass  # a tokenizer without a decoder has none to stand beside
+        codes, grid = self.condition.codes, self.condition.grid
+        if self.tokenizer is not None and codes is not None:
+            with contextlib.suppress(NotImplementedError):  # a tokenizer without a decoder has none to stand beside
+                made["decoder"] = torch.cat([self.tokenizer.decode(some, grid) for some in codes.split(BATCH)])
         scores = {name: (psnr(pictures, self.images), self.judged(pictures)) for name, pictures in made.items()}
         for name, (decibel, right) in scores.items():
             low, high = bootstrap(decibel.tolist(), seed=0)
@@ -133,10 +130,12 @@ class Bench:
         for count in (20, 8, 4):
             self._fewer(f"undistilled_{count}", teacher, count, full, seconds)
         for folder in self.arguments.distilled:
-            student = load_detokenizer(folder)
+            student = opened(folder)
             self._fewer(f"distilled_{student.steps}", student, None, full, seconds)
 
-    def _fewer(self, name: str, detokenizer: Detokenizer, steps: int | None, full: float, seconds: float) -> None:
+    def _fewer(
+        self, name: str, detokenizer: DiffusionDetokenizer, steps: int | None, full: float, seconds: float
+    ) -> None:
         begun = time.perf_counter()
         right = self.judged(self.draw(self.condition, steps=steps, by=detokenizer)).mean().item()
         mine = time.perf_counter() - begun
@@ -144,26 +143,27 @@ class Bench:
             name, right, full, "share", n=len(self.images), seconds=round(mine, 1), faster=round(seconds / mine, 2)
         )
 
+    @torch.no_grad()
     def inversion(self) -> None:
         some = self.condition.rows(slice(self.arguments.few // 8))
         images = self.images[: len(some)]
         for count in (20, 50, 250, 1000):
             noise = self.detokenizer.invert(images, some, steps=count)
-            again = self.detokenizer.generate_from(noise, some, steps=count)
+            again = self.detokenizer.draw(noise, some, steps=count)
             error = (again - images).square().mean().sqrt().item()
             self.say(f"inversion_{count}", error, None, "root mean squared error of pixels", n=len(some))
 
     def bf16(self) -> None:
         some, claims = self.condition.rows(slice(self.arguments.few)), self.claims[: self.arguments.few]
         plain = self.judged(self.draw(some)).mean().item()
-        half = load_detokenizer(self.arguments.detokenizer).to(torch.bfloat16)
+        half = opened(self.arguments.detokenizer).to(torch.bfloat16)
         right = self.judged(self.draw(some, by=half)).mean().item()
         self.say("bfloat16", right, plain, "share", n=len(claims))
 
     # ---- helpers
 
     def draw(self, condition: Condition, guidance: float | None = None, *, seed: int = 0, steps: int | None = None,
-             by: Detokenizer | None = None) -> Tensor:  # fmt: skip
+             by: DiffusionDetokenizer | None = None) -> Tensor:  # fmt: skip
         by = by or self.detokenizer
         scale = by.guidance if guidance is None else guidance
         made = []
@@ -176,7 +176,7 @@ class Bench:
     def judged(self, pictures: Tensor) -> Tensor:
         """float [n]: 1 where the judge reads the whole scene of the real picture."""
         pairs = zip(judge.read(pictures.clamp(0, 1)), self.claims, strict=False)
-        return torch.tensor([float(bool(s) and c is not None and satisfies(s, c)) for s, c in pairs])
+        return torch.tensor([float(s is not None and c is not None and satisfies(s, c)) for s, c in pairs])
 
     def say(self, name: str, ours: float, peer: float | None, unit: str, **more) -> None:
         if "ratio" not in more:
@@ -188,8 +188,6 @@ class Bench:
         print(json.dumps(line), flush=True)
 
     def sheet(self, rows: Sequence[Tensor], name: str) -> None:
-        from unitok.tokenizers.base import to_pil
-
         picture = torch.cat([torch.cat(list(row[:16]), dim=2) for row in rows], dim=1)
         folder = Path(self.arguments.detokenizer) / "training"
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,17 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperGroup
+
+from unitok.console import Verbs, no_bars, print_table, program_options_first, quiet
 
 if TYPE_CHECKING:
     from unitok.config import EvaluationRecipe
     from unitok.model import UnifiedModel
 
 RECIPES = ("tokenizers", "training", "eval")  # folders that `list` looks into
-PLAIN = (ValueError, OSError, ImportError, MemoryError, NotImplementedError)  # say themselves what is wrong
-LIBRARIES = {"huggingface_hub", "httpx", "pyarrow", "safetensors", "safetensors_rust", "torch", "yaml"}  # so do theirs
 LINE_EVERY_S = 15.0  # between lines of progress where there is no terminal to draw a bar on
-WIDE = 200  # columns of a table that goes into a file
 SLUG = 40  # characters of a prompt in a file name
 
 Recipe = Annotated[Path, Argument(metavar="RECIPE.yaml", help="A recipe; `unitok list` shows those at hand.")]
@@ -38,44 +35,9 @@ Out = Annotated[Path, Option("--out", metavar="DIR", help="The folder to write."
 Native = Annotated[bool, Option("--native", help="Pictures as large as they are, cut to multiples of the stride.")]
 Dtype = Literal["float32", "bfloat16", "auto"]
 Fast = Annotated[Dtype | None, Option("--fast", help="Compile the encoder first, in about 20 s, for this type.")]
+Painter = Annotated[str | None, Option("--detokenizer", metavar="D", help="Draws instead of the decoder.")]
 Name = Annotated[str | None, Option("--name", help="What the model calls the tokenizer. Default: as its folder does.")]
 Which = Annotated[str | None, Option("--tokenizer", metavar="NAME", help="Which one, where the model has several.")]
-
-
-class Verbs(TyperGroup):
-    """The verbs. One that fails ends with one plain line on stderr, and its traceback before it with --debug."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.TyperException, typer.Exit, typer.Abort):  # wrong usage, and ends that are meant
-            raise
-        except KeyboardInterrupt as error:
-            fail(f"interrupted: {error}" if str(error) else "interrupted", error, ctx)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of a pipe has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except Exception as error:
-            fail(f"error: {plain_line(error)}", error, ctx)
-            raise typer.Exit(1) from None
-
-
-def fail(line: str, error: BaseException, ctx: typer.Context) -> None:
-    if ctx.params.get("debug"):
-        traceback.print_exception(error)
-    print(line, file=sys.stderr)
-
-
-def plain_line(error: BaseException) -> str:
-    """What went wrong in one line; an error that nobody foresaw has its type named."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    homes = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    if isinstance(error, PLAIN) or homes & LIBRARIES:
-        return text
-    return f"{type(error).__name__}: {text} (not foreseen; --debug shows where)"
 
 
 app = typer.Typer(
@@ -91,17 +53,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr)
     command = typer.main.get_command(app)
     try:
-        command.main(_program_options_first(sys.argv[1:] if args is None else list(args)), prog_name="unitok")
+        command.main(program_options_first(sys.argv[1:] if args is None else list(args)), prog_name="unitok")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
-
-
-def _program_options_first(args: list[str]) -> list[str]:
-    """--debug may stand anywhere before a `--`."""
-    end = args.index("--") if "--" in args else len(args)
-    front = [arg for arg in args[:end] if arg == "--debug"]
-    return front + [arg for arg in args[:end] if arg != "--debug"] + args[end:]
 
 
 @app.callback()
@@ -113,31 +68,7 @@ def program(
     if local_rank is not None:  # the deepspeed launcher says it twice
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if not debug:
-        _quiet()
-
-
-def _quiet() -> None:
-    """No warnings of libraries about one another; their errors still arrive."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
-    for name in ("DeepSpeed", "accelerate", "datasets", "diffusers", "peft", "torch"):
-        logging.getLogger(name).addFilter(_is_error)  # they set their own levels when they are imported
-
-
-def _is_error(record: Any) -> bool:
-    return record.levelno >= 40  # logging.ERROR
-
-
-def _no_bars() -> None:
-    """No progress bar for every file of weights that transformers reads or writes; downloads keep theirs."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+        quiet()
 
 
 # ---- look around -----------------------------------------------------------------------------------------------------
@@ -155,7 +86,7 @@ def demo(
     """
     from unitok.demo import run
 
-    _no_bars()
+    no_bars()
     print(run(out=out, tokenizer=tokenizer, from_scratch=from_scratch))
 
 
@@ -196,7 +127,7 @@ def inspect(
     """
     from unitok.inspection import inspect as look
 
-    _no_bars()
+    no_bars()
     look(target, n=n, out=out)
 
 
@@ -271,7 +202,7 @@ def convert(
     """
     from unitok.convert import convert as run
 
-    _no_bars()
+    no_bars()
     run(format, files, out, config=config, image_size=image_size)
 
 
@@ -282,6 +213,7 @@ def expand(
     out: Out,
     name: Name = None,
     layout: Annotated[Literal["codes", "rows"], Option(help="rows: sizes may differ and stand in the ids.")] = "codes",
+    detokenizer: Painter = None,
 ) -> None:
     """Give any causal LM the rows of an image tokenizer.
 
@@ -291,8 +223,8 @@ def expand(
     from unitok.manifest import Manifest
     from unitok.vocab import JointVocab
 
-    _no_bars()
-    model = expand_folder(llm, tokenizer, out, name, layout=LAYOUTS[layout])
+    no_bars()
+    model = expand_folder(llm, tokenizer, out, name, layout=LAYOUTS[layout], detokenizer=detokenizer)
     vocab = JointVocab.from_dict(Manifest.load(model).vocab or {})
     print(f"{out}: {vocab.rows} rows, of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}")
 
@@ -309,7 +241,7 @@ def export(
     """
     from unitok.lm.export import export as run
 
-    _no_bars()
+    no_bars()
     print(run(model, out, token_strings=token_strings))
 
 
@@ -340,9 +272,7 @@ def reconstruct(
     tokenizer: Annotated[str, Argument(metavar="TOKENIZER", help="An image tokenizer: a folder or a Hub id.")],
     images: Annotated[list[str], Argument(metavar="IMAGES", help="Pictures, folders, or other data with pictures.")],
     out: Out,
-    detokenizer: Annotated[
-        str | None, Option("--detokenizer", metavar="D", help="Draws instead of the decoder.")
-    ] = None,
+    detokenizer: Painter = None,
     perceptual: Annotated[
         str | None,
         Option("--perceptual", metavar="FILE", help="Weights of a network, or module:function."),
@@ -360,7 +290,7 @@ def reconstruct(
     scores, files = task.reconstruct(
         tokenizer, images, out, detokenizer=detokenizer, perceptual=perceptual, native=native, device=_device()
     )
-    _print_table(table(scores))
+    print_table(table(scores))
     print(*files, sep="\n")
 
 
@@ -435,7 +365,7 @@ def evaluate(
     if compare is not None and recipe is None:
         from unitok.eval.results import compare as run
 
-        run(*compare, echo=_print_table)
+        run(*compare, echo=print_table)
         return
     if compare is not None or recipe is None:
         raise typer.BadParameter("give a recipe, or --compare A B", param_hint="RECIPE.yaml")
@@ -464,7 +394,7 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
     seconds = {"load": loaded - begun, "evaluate": time.perf_counter() - loaded}
     told = {"task": recipe.task, "version": recipe.version, "model": recipe.model}
     scores = [replace(score, protocol={**score.protocol, **told}) for score in scores]
-    _print_table(table(scores))
+    print_table(table(scores))
     print(write_results(recipe.out, scores, seconds) if recipe.out else "the recipe names no out: nothing is written")
 
 
@@ -482,7 +412,7 @@ def _tokenizer_or_model(recipe: EvaluationRecipe) -> Any:
 def _open(model: str, tokenizer: str | None = None) -> UnifiedModel:
     from unitok.model import load
 
-    _no_bars()
+    no_bars()
     return load(model, _device(), tokenizer=tokenizer)
 
 
@@ -490,10 +420,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _print_table(item: Any) -> None:
-    """A rich table or text; in a file it may be wide, so that nothing is cut off."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else WIDE, soft_wrap=isinstance(item, str)).print(item)

@@ -16,19 +16,19 @@ recipes are those of the root folders, so it runs where they lie.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from unitok.checkpoint import config_hash, read_json, write_json
-from unitok.config import DataSource, load_recipe
+from unitok.config import DataSource
 
 HERE = Path("out/seed")  # where the recipes have everything
 PICTURES = {"train": 20_000, "validation": 1024, "test": 600}
@@ -41,18 +41,20 @@ CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE = (
     "training/scenes_unclip.yaml",
     "training/scenes_seed_llm.yaml",
 )
+RECIPES = (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE)
 SOURCES = ("train_draw", "train_describe")
 DRAW = {"guidance": 1.5, "temperature": 0.7}
 PROCESSES = min(2, os.cpu_count() or 1)
-SHOWN = 16
 BATCH = 200
 
 
 class SeedDemo:
-    """One run; `seconds` by stage."""
+    """One run; `seconds` by stage. pictures: of each split. changes: `key=value` of recipes, by their files."""
 
-    def __init__(self, out: Path):
-        self.out = out
+    def __init__(
+        self, out: Path, *, pictures: Mapping[str, int] = PICTURES, changes: Mapping[str, Sequence[str]] | None = None
+    ):
+        self.out, self.pictures, self.changes = out, dict(pictures), dict(changes or {})
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
 
@@ -69,14 +71,15 @@ class SeedDemo:
             "scores": self.scores,
             "report": self.report,
         }
-        for file in (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE):
+        for file in RECIPES:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"no {file} here: run this demo in the folder of the project")
         state = self.out / "stages.json"
         done = read_json(state) if state.is_file() else {}
-        asked = config_hash({file: Path(file).read_text() for file in (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE)})
+        recipes = {file: [Path(file).read_text(), *self.changes.get(file, ())] for file in RECIPES}
+        asked = config_hash({"recipes": recipes, "pictures": self.pictures})
         if done.get("asked", asked) != asked:
-            raise ValueError(f"{self.out} holds a demo made by other recipes: choose another --out")
+            raise ValueError(f"{self.out} holds a demo made by other recipes or pictures: choose another --out")
         self.console.print("every stage is trained here: about an hour on 2 CPU cores; it goes on where it was stopped")
         for name, stage in stages.items():
             if name in done:
@@ -97,7 +100,7 @@ class SeedDemo:
     def data(self) -> None:
         from unitok.data.scene_files import write_scenes
 
-        write_scenes(self.out / "data", setting="base", pictures=PICTURES, captions=CAPTIONS, seed=0)
+        write_scenes(self.out / "data", setting="base", pictures=self.pictures, captions=CAPTIONS, seed=0)
 
     def train(self, file: str, *, processes: int = PROCESSES) -> None:
         """A recipe of the root folders with everything in `out`, as processes of their own.
@@ -108,8 +111,11 @@ class SeedDemo:
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
         threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-        moved = [f"{key}={self.out / Path(value).relative_to(HERE)}" for key, value in _paths(load_recipe(file))]
-        subprocess.run([*command, "unitok", "train", file, *moved], check=True, env={**os.environ, **threads})
+        moved = list(self.changes.get(file, ()))
+        moved += [f"{key}={self.out / Path(value).relative_to(HERE)}" for key, value in _paths(file)]
+        done = subprocess.run([*command, "unitok", "train", file, *moved], env={**os.environ, **threads})
+        if done.returncode:
+            raise ValueError(f"the stage of {file} stopped, and says why above; the same command goes on from there")
 
     def tokenize(self) -> None:
         from unitok.data.shards import census_line, summary_line, tokenize
@@ -136,7 +142,8 @@ class SeedDemo:
         from unitok.model import load
 
         model = load(self.out / "model", tokenizer=NAME)
-        rows = retrieval.gallery(load_rows([self._source("validation_captions.jsonl")], "caption"), retrieval.GALLERY)
+        size = min(retrieval.GALLERY, self.pictures["validation"] // 4)
+        rows = retrieval.gallery(load_rows([self._source("validation_captions.jsonl")], "caption"), size)
         found = retrieval.evaluate(model.image_tokenizer, rows)
         prompts = text_to_image.load_prompts([self._source("test_prompts.jsonl")])
         found += text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=DRAW, out=self.out / "images")
@@ -153,8 +160,8 @@ class SeedDemo:
         return DataSource(path=str(self.out / "data" / name))
 
 
-def _paths(recipe) -> list[tuple[str, str]]:
-    """Where the recipe points into HERE: (key with dots, path)."""
+def _paths(file: str) -> list[tuple[str, str]]:
+    """Where a recipe points into HERE: (key with dots, path)."""
     found: list[tuple[str, str]] = []
 
     def walk(key: str, value) -> None:
@@ -164,5 +171,5 @@ def _paths(recipe) -> list[tuple[str, str]]:
         if isinstance(value, str) and Path(value).is_relative_to(HERE):
             found.append((key, value))
 
-    walk("", json.loads(recipe.model_dump_json(exclude_unset=True)))
+    walk("", yaml.safe_load(Path(file).read_text()))
     return found

@@ -240,7 +240,7 @@ def test_inverted_and_drawn_again_a_picture_comes_back():
     errors = []
     for steps in (20, 100, 500):
         noise = detokenizer.invert(images, condition, steps=steps)
-        back = detokenizer._draw(noise, condition, steps=steps)
+        back = detokenizer.draw(noise, condition, steps=steps)
         errors.append((back - images).square().mean().sqrt().item())
     assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0] and errors[2] < 0.02
 

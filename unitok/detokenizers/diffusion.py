@@ -294,9 +294,9 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         """
         generators = self.generators(seeds)
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
-        return self._draw(noise, condition, generators, guidance, steps, negative)
+        return self.draw(noise, condition, generators, guidance, steps, negative)
 
-    def _draw(
+    def draw(
         self,
         noise: Tensor,
         condition: Condition,
@@ -305,7 +305,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         steps: int | None = None,
         negative: Condition | None = None,
     ) -> Tensor:
-        """Pictures from this noise [B, C, H, W]."""
+        """Pictures from this noise [B, C, H, W], as of `invert`; else as `generate`, without its checks."""
         x = diffusion.sample(
             self.process,
             self._predict(condition, guidance, negative),
