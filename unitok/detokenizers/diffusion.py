@@ -31,10 +31,10 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
 
     Args:
         image_size: H = W.
-        body: "dit" (width, depth, heads, patch_size; a width below the numbers of a patch, channels x patch_size^2,
-            cannot tell all of its noise), "unet" (unet_channels, unet_attention, unet_layers, and width for the
-            features of conditions, width // heads for those of a head) or "sana" (as dit, for pictures of 512 pixels
-            and more in the latents of a VAE; told by attention alone).
+        body: "dit" (width, depth, heads, patch_size, local; a width below the numbers of a patch, channels times
+            patch_size^2, cannot tell all of its noise; local: see `DiT`), "unet" (unet_channels, unet_attention,
+            unet_layers, and width for the features of conditions, width // heads for those of a head) or "sana" (as
+            dit, for pictures of 512 pixels and more in the latents of a VAE; told by attention alone).
         prediction: "epsilon", "x0", "v" or "flow".
         schedule: "linear" or "cosine"; flow has none.
         timesteps: levels of noise T.
@@ -64,6 +64,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         depth: int = 6,
         heads: int = 6,
         patch_size: int = 4,
+        local: bool = False,
         unet_channels: Sequence[int] = (64, 128, 192),
         unet_attention: Sequence[bool] = (False, True, True),
         unet_layers: int = 2,
@@ -123,7 +124,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         places = c.places if c.has_patches else None
         self.body: nn.Module
         if body == "dit":
-            self.body = DiT(*sizes, patch_size, width, depth, heads, places, c.has_context)
+            self.body = DiT(*sizes, patch_size, width, depth, heads, places, c.has_context, local)
         elif body == "sana":
             if c.has_patches or c.has_vector:
                 raise ValueError("body sana is told by attention alone: use codes_as: context and vectors_as: context")
