@@ -22,13 +22,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
 from unitok.checkpoint import config_hash, read_json, write_json
-from unitok.config import DataSource
+from unitok.config import DataSource, TokenizerRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from unitok.model import UnifiedModel
+    from unitok.tokenizers.base import ImageTokenizer
 
 HERE = Path("out/seed")  # where the recipes have everything
 PICTURES = {"train": 20_000, "validation": 1024, "test": 600}
@@ -43,8 +49,9 @@ CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE = (
 )
 RECIPES = (CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE)
 SOURCES = ("train_draw", "train_describe")
-DRAW = {"guidance": 1.5, "temperature": 0.7}
+DRAW: dict[str, Any] = {"guidance": 1.5, "temperature": 0.7}
 PROCESSES = min(2, os.cpu_count() or 1)
+SHOWN = 12
 BATCH = 200
 
 
@@ -111,8 +118,7 @@ class SeedDemo:
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
         threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-        moved = list(self.changes.get(file, ()))
-        moved += [f"{key}={self.out / Path(value).relative_to(HERE)}" for key, value in _paths(file)]
+        moved = [*self.changes.get(file, ()), *(f"{key}={value}" for key, value in self._moved(file))]
         done = subprocess.run([*command, "unitok", "train", file, *moved], env={**os.environ, **threads})
         if done.returncode:
             raise ValueError(f"the stage of {file} stopped, and says why above; the same command goes on from there")
@@ -145,9 +151,33 @@ class SeedDemo:
         size = min(retrieval.GALLERY, self.pictures["validation"] // 4)
         rows = retrieval.gallery(load_rows([self._source("validation_captions.jsonl")], "caption"), size)
         found = retrieval.evaluate(model.image_tokenizer, rows)
+        nothing = {score.name: score.value for score in retrieval.evaluate(self._untrained(), rows)}
+        found = [replace(s, baselines={**s.baselines, "untrained": nothing[s.name]}) for s in found]
         prompts = text_to_image.load_prompts([self._source("test_prompts.jsonl")])
         found += text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=DRAW, out=self.out / "images")
         write_results(self.out / "scores.json", found)
+        self._sheet(model, prompts[:SHOWN])
+
+    def _untrained(self) -> ImageTokenizer:
+        """The same tokenizer before its first stage, behind the same frozen tower."""
+        from unitok.training.tokenizer import build
+
+        overrides = [*self.changes.get(CODES, ()), *(f"{k}={v}" for k, v in self._moved(CODES) if k != "init_from")]
+        recipe = load_recipe(CODES, [*overrides, "init_from=null"])
+        assert isinstance(recipe, TokenizerRecipe)
+        return build(recipe)
+
+    def _sheet(self, model: UnifiedModel, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The prompts' real pictures, drawn from their own codes, and what the model draws of the prompts."""
+        from unitok.data.sources import read_image
+        from unitok.eval.images import contact_sheet
+
+        real = [read_image(row["image"]) for row in rows]
+        parts: list[Any] = model.encode(real)
+        codes = [(NAME, part.codes, part.grid) for part in parts]
+        drawn = model.images([row["prompt"] for row in rows], seed=0, **DRAW)
+        strips = {"pictures": real, "drawn from their codes": model.pictures(codes), "drawn from their captions": drawn}
+        contact_sheet(strips).save(self.out / "sheet.png")
 
     def report(self) -> None:
         scores = read_json(self.out / "scores.json")["scores"]
@@ -155,6 +185,10 @@ class SeedDemo:
         for score in scores:
             beside = ", ".join(f"{name} {value:.3f}" for name, value in score["baselines"].items())
             self.console.print(f"  {score['name']} {score['value']:.3f} (n {score['n']}; {beside})", highlight=False)
+
+    def _moved(self, file: str) -> list[tuple[str, Path]]:
+        """The paths of a recipe, in `out`."""
+        return [(key, self.out / Path(value).relative_to(HERE)) for key, value in _paths(file)]
 
     def _source(self, name: str) -> DataSource:
         return DataSource(path=str(self.out / "data" / name))

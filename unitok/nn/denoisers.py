@@ -278,10 +278,11 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.patch_in.weight.view(self.patch_in.out_channels, -1))
         for block in self.blocks:
+            assert isinstance(block, _Block)
             for layer in (block.modulation, *([block.cross.out] if block.cross else ())):
                 _zero(layer)
-        _zero(self.modulation)
-        _zero(self.out)
+        for layer in (self.modulation, self.out):
+            _zero(layer)
 
     def forward(self, x: Tensor, t: Tensor, hints: Hints) -> Tensor:
         """x_t [B, C, H, W], t float [B] of 1000 -> [B, out_channels, H, W]."""
