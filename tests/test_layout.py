@@ -42,7 +42,7 @@ LAYERS = [  # from the bottom; a set is one room, and rooms of one row do not im
     [{"data"}, {"sampling"}, {"convert"}],
     [{"model"}],
     [{"eval"}, {"training"}],
-    [{"__main__", "cli", "console", "demo", "demo_seed", "report", "inspection", "weights", "serving"}],
+    [{"__main__", "cli", "console", "demo", "demo_seed", "report", "inspection", "stages", "weights", "serving"}],
 ]
 PLACE = {name: (row, room) for row, rooms in enumerate(LAYERS) for room, names in enumerate(rooms) for name in names}
 RECIPES = {

@@ -17,15 +17,15 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from unitok.checkpoint import ASSETS, config_hash, read_json, write_json
 from unitok.config import DataSource, LanguageModelRecipe, make_recipe
+from unitok.stages import Stage, run_stages
 
 BASE = ASSETS / "scenes"
 PICTURES = {"train": 8000, "validation": 100, "test": 600}
@@ -46,8 +46,6 @@ DEEPSPEED = {
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"stage": 1},
 }
-
-Stage = Callable[[], Any]
 
 
 def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
@@ -120,22 +118,7 @@ class Demo:
             stages = {"scratch": self.scratch, **stages}
         elif not (self.base / "unitok.json").is_file():
             raise FileNotFoundError("the embedded default is not in this installation: run with --from-scratch")
-        state = self.out / "stages.json"
-        done = read_json(state) if state.is_file() else {}
-        asked = self._asked()
-        if done.get("asked", asked) != asked:
-            raise ValueError(f"{self.out} holds a demo made by another version or setting: choose another --out")
-        for name, stage in stages.items():
-            if name in done:
-                self.seconds[name] = done[name]
-                self.console.print(f"[dim]{name:9} reused ({done[name]:.0f} s)[/dim]")
-                continue
-            self.console.print(f"[bold]{name}[/bold]")
-            begun = time.perf_counter()
-            stage()
-            self.seconds[name] = done[name] = round(time.perf_counter() - begun, 1)
-            write_json(state, {**done, "asked": asked})
-            self.console.print(f"[dim]{name:9} {done[name]:.0f} s[/dim]")
+        run_stages(self.out, stages, self._asked(), self.seconds, self.console)
         report = self.out / "report.html"
         self.console.print(f"{sum(self.seconds.values()):.0f} s in all; report: {report}")
         return report

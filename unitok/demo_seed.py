@@ -20,8 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from rich.console import Console
 
 from unitok.checkpoint import config_hash, read_json, write_json
 from unitok.config import DataSource, TokenizerRecipe, load_recipe
+from unitok.stages import Stage, run_stages
 
 if TYPE_CHECKING:
     from unitok.model import UnifiedModel
@@ -67,7 +67,7 @@ class SeedDemo:
 
     def run(self) -> Path:
         """Run what is not yet done and return the path of report.json. ValueError where `out` holds another demo."""
-        stages: dict[str, Callable[[], None]] = {
+        stages: dict[str, Stage] = {
             "data": self.data,
             "clip": lambda: self.train(CLIP, processes=1),
             "contrastive": lambda: self.train(CONTRASTIVE),
@@ -81,24 +81,10 @@ class SeedDemo:
         for file in RECIPES:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"no {file} here: run this demo in the folder of the project")
-        state = self.out / "stages.json"
-        done = read_json(state) if state.is_file() else {}
-        recipes = {file: [Path(file).read_text(), *self.changes.get(file, ())] for file in RECIPES}
-        asked = config_hash({"recipes": recipes, "pictures": self.pictures})
-        if done.get("asked", asked) != asked:
-            raise ValueError(f"{self.out} holds a demo made by other recipes or pictures: choose another --out")
+        recipes = {file: [yaml.safe_load(Path(file).read_text()), *self.changes.get(file, ())] for file in RECIPES}
         self.console.print("every stage is trained here: about an hour on 2 CPU cores; it goes on where it was stopped")
-        for name, stage in stages.items():
-            if name in done:
-                self.seconds[name] = done[name]
-                self.console.print(f"[dim]{name:11} reused ({done[name]:.0f} s)[/dim]")
-                continue
-            self.console.print(f"[bold]{name}[/bold]")
-            begun = time.perf_counter()
-            stage()
-            self.seconds[name] = done[name] = round(time.perf_counter() - begun, 1)
-            write_json(state, {**done, "asked": asked})
-            self.console.print(f"[dim]{name:11} {done[name]:.0f} s[/dim]")
+        asked = config_hash({"recipes": recipes, "pictures": self.pictures})
+        run_stages(self.out, stages, asked, self.seconds, self.console)
         self.console.print(f"{sum(self.seconds.values()):.0f} s in all")
         return self.out / "report.json"
 

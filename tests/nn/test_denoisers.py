@@ -227,3 +227,23 @@ def test_sana_says_nothing_untrained_and_hears_its_context(x):
 def test_sizes_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_local_convolutions_change_nothing_at_first_and_then_see_the_patches_beside(x):
+    torch.manual_seed(0)
+    local = DiT(3, 3, SIDE, 4, WIDTH, 1, 2, local=True)
+    plain = DiT(3, 3, SIDE, 4, WIDTH, 1, 2)
+    state = randomised(plain).state_dict()
+    missing, unexpected = local.load_state_dict(state, strict=False)
+    assert missing == ["blocks.0.local.weight", "blocks.0.local.bias"] and not unexpected
+    assert torch.equal(local(x, T, Hints()), plain(x, T, Hints()))
+
+    block = local.blocks[0]
+    torch.nn.init.normal_(block.local.weight)
+    torch.nn.init.zeros_(block.modulation.weight)  # neither attention nor MLP: what is left are the convolutions
+    torch.nn.init.zeros_(block.modulation.bias)
+    changed = x.clone()
+    changed[:, :, 4:8, 8:12] += 1  # the patch in row 1, column 2
+    moved = (local(changed, T, Hints()) - local(x, T, Hints())).abs().amax((0, 1)) > 1e-6
+    rows, columns = (moved.view(4, 4, 4, 4).amax((1, 3)) > 0).nonzero(as_tuple=True)
+    assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {(r, c) for r in (0, 1, 2) for c in (1, 2, 3)}
