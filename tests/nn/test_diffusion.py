@@ -395,3 +395,18 @@ def test_a_students_step_to_its_target_is_two_of_the_teacher(prediction):
     twice = process.step(predict(x, start), x, start, middle)
     twice = process.step(predict(twice, middle), twice, middle, end)
     torch.testing.assert_close(once, twice)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
+def test_weighted_by_ratio_every_prediction_has_the_same_loss(prediction):
+    process, g = Process(prediction, "cosine", 100), torch.Generator().manual_seed(0)
+    x0, noise, guess = (torch.randn(20, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    t = torch.arange(0, 100, 5)
+    x = process.noised(x0, t, noise)
+    alpha, sigma = process.levels(t, x)
+    meant = process.target(guess, t, (x - alpha * guess) / sigma)  # the prediction that says x0 is the guess
+    error = (meant - process.target(x0, t, noise)).square().mean((1, 2, 3))
+    ratio = (alpha / sigma).square().flatten()
+    expected = ratio.clamp(max=5) * (guess - x0).square().mean((1, 2, 3))
+    assert torch.allclose(process.min_snr_weight(t, 5.0).double() * error, expected, rtol=1e-4)
+    assert ratio.max() > 5 > ratio.min()

@@ -40,6 +40,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         timesteps: levels of noise T.
         learned_variance: predict the variance of ancestral steps as well: L_simple + 0.001 L_vlb.
         timestep_sampling: of the levels in training, "uniform" or "importance".
+        min_snr: weigh them in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the same.
         sampler: "ddim", "ddpm", or "flow", which flow alone can have; None: ddim or flow.
         steps: of sampling.
         guidance: the scale to use unless told otherwise; for callers, who pass it to `generate`.
@@ -73,6 +74,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         timesteps: int = 1000,
         learned_variance: bool = False,
         timestep_sampling: str = "uniform",
+        min_snr: float | None = None,
         sampler: str | None = None,
         steps: int = 50,
         guidance: float = 1.0,
@@ -93,7 +95,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         super().__init__()
         self.process = Process(prediction, schedule, timesteps)
         sampler = sampler or ("flow" if prediction == "flow" else "ddim")
-        self.learned_variance = learned_variance
+        self.learned_variance, self.min_snr = learned_variance, min_snr
         self._check_choices(body, sampler, timestep_sampling, codes_as, vectors_as, guidance_interval, drop)
         self._check_codes(codebook_sizes, grid, codes_as)
         self.process.grid(steps)
@@ -349,6 +351,8 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         output = self._run(x, t, self._hints(condition, self._drops(count)))
         each = (output[:, : x.shape[1]] - self.process.target(x0, t, noise)).square().mean((1, 2, 3))
         parts = {"mse": each.detach().mean()}
+        if self.min_snr is not None:
+            each = each * self.process.min_snr_weight(t, self.min_snr)
         if self.learned_variance:
             bound = diffusion.variational_bound(self.process, x0, x, t, output)
             parts["bits"] = (weights * bound).detach().mean() * self.process.timesteps
