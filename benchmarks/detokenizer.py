@@ -123,25 +123,22 @@ class Bench:
             )
 
     def steps(self) -> None:
-        teacher, begun = self.detokenizer, time.perf_counter()
-        full = self.judged(self.draw(self.condition)).mean().item()
-        seconds = time.perf_counter() - begun
-        self.say(f"steps_{teacher.steps}", full, full, "share", n=len(self.images), seconds=round(seconds, 1))
-        for count in (20, 8, 4):
-            self._fewer(f"undistilled_{count}", teacher, count, full, seconds)
-        for folder in self.arguments.distilled:
-            student = opened(folder)
-            self._fewer(f"distilled_{student.steps}", student, None, full, seconds)
+        full, seconds = self._timed(self.detokenizer)
+        self.say(f"steps_{self.detokenizer.steps}", full, full, "share", n=len(self.images), seconds=round(seconds, 1))
+        fewer = [(f"undistilled_{count}", self.detokenizer, count) for count in (20, 8, 4)]
+        students = [opened(folder) for folder in self.arguments.distilled]
+        fewer += [(f"distilled_{student.steps}", student, student.steps) for student in students]
+        for name, by, count in fewer:
+            right, mine = self._timed(by, count)
+            more = {"seconds": round(mine, 1), "faster": round(seconds / mine, 2)}
+            self.say(name, right, full, "share", n=len(self.images), **more)
 
-    def _fewer(
-        self, name: str, detokenizer: DiffusionDetokenizer, steps: int | None, full: float, seconds: float
-    ) -> None:
+    def _timed(self, by: DiffusionDetokenizer, steps: int | None = None) -> tuple[float, float]:
+        """(the share judged right, the seconds that drawing took)."""
         begun = time.perf_counter()
-        right = self.judged(self.draw(self.condition, steps=steps, by=detokenizer)).mean().item()
-        mine = time.perf_counter() - begun
-        self.say(
-            name, right, full, "share", n=len(self.images), seconds=round(mine, 1), faster=round(seconds / mine, 2)
-        )
+        drawn = self.draw(self.condition, steps=steps, by=by)
+        seconds = time.perf_counter() - begun
+        return self.judged(drawn).mean().item(), seconds
 
     @torch.no_grad()
     def inversion(self) -> None:
