@@ -118,9 +118,7 @@ class Bench:
             drawn = torch.stack([self.draw(some, scale, seed=s) for s in range(4)])  # [4, few, 3, S, S]
             right = torch.cat([self.judged(pictures) for pictures in drawn]).mean().item()
             spread = drawn.std(0).mean().item()
-            self.say(
-                f"guidance_{scale:g}", right, spread, "share judged right, and diversity as peer", ratio=None, n=4 * few
-            )
+            self.say(f"guidance_{scale:g}", right, None, "share", n=4 * few, diversity=round(spread, 4))
 
     def steps(self) -> None:
         full, seconds = self._timed(self.detokenizer)
