@@ -123,13 +123,12 @@ DataSources = Annotated[list[DataSource], BeforeValidator(_as_list)]
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
-class TokenizerRecipe(Section):
-    kind: Literal["tokenizer"]
-    tokenizer: TokenizerArguments
+class PicturesRecipe(Section):
+    """What every engine that trains on pictures takes (training/run.py)."""
+
     data: DataSources = Field(min_length=1)
     out: str
-    stage: str = "main"
-    init_from: str | None = None  # a saved tokenizer to start from, as a later stage does
+    init_from: str | None = None  # a saved folder to start from
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, weights stay float32
     steps: Count
@@ -149,34 +148,26 @@ class TokenizerRecipe(Section):
     eval_images: int = Field(256, ge=0)
 
 
-class DetokenizerRecipe(Section):
-    """A detokenizer of one tokenizer's codes and embeddings, or of one CLIP's image embeddings, and of captions."""
+class TokenizerRecipe(PicturesRecipe):
+    kind: Literal["tokenizer"]
+    tokenizer: TokenizerArguments
+    stage: str = "main"
+
+
+class DetokenizerRecipe(PicturesRecipe):
+    """A detokenizer of one tokenizer's codes and embeddings, or of one CLIP's image embeddings, and of captions.
+
+    With distill, steps are those of all halvings, and warmup is of each.
+    """
 
     kind: Literal["detokenizer"]
     detokenizer: TokenizerArguments | None = None  # the one that is distilled has the teacher's
     tokenizer: str | None = None  # a saved image tokenizer
     clip: str | None = None  # or the folder of a transformers CLIPModel
     texts: bool = False  # captions are part of the condition
-    data: DataSources = Field(min_length=1)
-    out: str
-    init_from: str | None = None  # a saved detokenizer to start from
     distill: Distill | None = None
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, weights stay float32
-    steps: Count  # with distill, over all halvings
-    batch_size: Count  # pictures a step, over all processes
-    lr: float = Field(gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)  # steps; with distill, of each halving
-    schedule: Schedule = "cosine"
     ema: Fraction | None = 0.999
-    grad_clip: float | None = Field(1.0, gt=0)
-    flush_denormal: bool = True
-    checkpoint_every: Count = 500
     sample_every: Count = 1000
-    log_every: Count = 20
-    workers: int = Field(0, ge=0)
     eval_images: int = Field(64, ge=0)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from unitok.nn import quantizers
-from unitok.nn.quantizers import VQ, bits_to_codes, codes_to_bits, make, nearest
+from unitok.nn.quantizers import VQ, Quantizer, bits_to_codes, codes_to_bits, make, nearest
 
 SETTINGS = {
     "vq": dict(size=512, dim=6),
@@ -166,3 +166,12 @@ def test_the_gumbel_temperature_falls_geometrically():
 def test_impossible_sizes(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         make(name, size=8, dim=2, **sizes)
+
+
+@pytest.mark.parametrize("call", ["forward(x, 0)", "encode(x)", "vectors(x)"])
+def test_a_quantizer_that_lacks_a_method_says_which(call):
+    class Bare(Quantizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match=rf"Bare does not define {call.partition('(')[0]}\(\)"):
+        eval(f"bare.{call}", {"bare": Bare(), "x": torch.zeros(1, 1, 1)})

@@ -228,6 +228,22 @@ def test_a_collapsed_codebook_is_told(pictures, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+class Undecoded(Collapsed):
+    """Its codes need a detokenizer."""
+
+    def decode(self, codes, grid=None):
+        raise NotImplementedError("needs a detokenizer")
+
+
+def test_codes_without_a_decoder_are_counted(pictures, tmp_path, capsys):
+    arguments = {"name": f"{__name__}:Undecoded", "image_size": 16, "width": 8, "min_width": 8, "levels": [8, 8, 8]}
+    run = train(recipe(pictures, tmp_path / "undecoded", steps=2, tokenizer=arguments))
+    said = capsys.readouterr().out
+    assert "no sample pictures: needs a detokenizer" in said and said.count("1 of 512 codes in use") == 2
+    assert json.loads((run / "training" / "report.json").read_text())["scores"] == []
+    assert not list((run / "training").glob("samples/*.png"))
+
+
 def test_every_codebook_is_scored():
     tokenizer = get("fsq_split").tiny().eval()
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

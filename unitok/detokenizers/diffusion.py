@@ -162,6 +162,8 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             raise ValueError(f"guidance_interval must be two rising numbers of 0 to 1, got {list(interval)}")
         if self.learned_variance and self.process.prediction == "flow":
             raise ValueError("flow has no variance to learn: its samplers draw no noise")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr must be above 0, got {self.min_snr}")
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be 0 or more and below 1, got {drop}")
 

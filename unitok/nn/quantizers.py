@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 
+from unitok.nn.pretrained import lacking
+
 ROWS = 512  # positions compared with all codes at once: a [B*n, V] table would not fit the caches
 JOINT_BITS = 10  # entropy terms run over all values of at most so many bits; longer codes are taken in pieces
 NAMES = ("vq", "ema", "simvq", "rvq", "gumbel", "fsq", "lfq", "bsq")
@@ -43,15 +45,15 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor, step: int) -> Quantized:
         """Training: float [B, n, D] -> (vectors with gradients [B, n, D], int64 codes [B, n, K], scalar loss)."""
-        raise NotImplementedError
+        raise lacking(self, "forward")
 
     def encode(self, z: Tensor) -> Tensor:
         """float [B, n, D] -> int64 [B, n, K], without noise."""
-        raise NotImplementedError
+        raise lacking(self, "encode")
 
     def vectors(self, codes: Tensor) -> Tensor:
         """int64 [B, n, K] -> float [B, n, D]."""
-        raise NotImplementedError
+        raise lacking(self, "vectors")
 
 
 class VQ(Quantizer):

@@ -30,7 +30,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unitok import checkpoint
-from unitok.nn.pretrained import Pretrained
+from unitok.config import PicturesRecipe
+from unitok.nn.pretrained import Pretrained, lacking
 from unitok.tokenizers.base import to_pil
 from unitok.training.ema import Ema
 from unitok.training.pictures import Pictures
@@ -45,7 +46,6 @@ class TrainingRun:
     """The state of one run. A subclass says what is trained (`begin`), how it is shown (`sheet`) and scored (`scores`).
 
     Args:
-        recipe: of a kind that has the fields of TokenizerRecipe that are read here.
         module: what is trained and saved.
         name: what the user calls it.
         preprocess: a PIL picture -> float [3, S, S] in [0, 1]; image_size: S.
@@ -58,7 +58,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        recipe: Any,
+        recipe: PicturesRecipe,
         module: Pretrained,
         name: str,
         preprocess: Callable[[Image.Image], Tensor],
@@ -67,7 +67,8 @@ class TrainingRun:
         captioned: bool = False,
         partly: bool = False,
     ):
-        self.recipe, self.module, self.name, self.out = recipe, module, name, Path(recipe.out)
+        self.recipe: Any = recipe  # a subclass reads the fields of its own kind
+        self.module, self.name, self.out = module, name, Path(recipe.out)
         self.folder = self.out / "training"
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=partly)])
         world = self.accelerator.num_processes
@@ -107,15 +108,15 @@ class TrainingRun:
 
     def sheet(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, S, S] -> float [3, H, W]: samples beside the originals."""
-        raise NotImplementedError
+        raise lacking(self, "sheet")
 
     def scores(self, images: Tensor) -> tuple[dict[str, float], str | None]:
         """uint8 [n, 3, S, S] held out -> scores by name, and a line of warning."""
-        raise NotImplementedError
+        raise lacking(self, "scores")
 
     def report(self) -> list[dict[str, Any]]:
         """The scores of the finished module, for report.json."""
-        raise NotImplementedError
+        raise lacking(self, "report")
 
     def batch(self, index: Tensor, images: Tensor) -> dict[str, Any]:
         """What the loss of a step is given. index: int64 [B], of the pictures; images: uint8 [B, 3, S, S]."""
@@ -248,19 +249,20 @@ class TrainingRun:
         held = self.pictures.held_out
         with self.averaged():
             shown = held[:SAMPLES] if len(held) else next(self.pictures.batches(0, 1, self.recipe.batch_size))[:SAMPLES]
+            sheet = None
             try:
                 sheet = self.sheet(shown)
             except (ValueError, NotImplementedError) as error:
                 if self.step == 0:
                     print(f"no sample pictures: {error}", flush=True)
-                return {}
             scores, warning = self.scores(held) if len(held) else ({}, None)
         if warning:
             print(warning, flush=True)
-        buffer = BytesIO()
-        to_pil(sheet).save(buffer, "png")
-        checkpoint.write_atomic(self.folder / "samples" / f"step-{self.step:07d}.png", buffer.getvalue())
-        self.writer.add_image(self.shown, sheet, self.step)
+        if sheet is not None:
+            buffer = BytesIO()
+            to_pil(sheet).save(buffer, "png")
+            checkpoint.write_atomic(self.folder / "samples" / f"step-{self.step:07d}.png", buffer.getvalue())
+            self.writer.add_image(self.shown, sheet, self.step)
         for name, value in scores.items():
             self.writer.add_scalar(f"held_out/{name}", value, self.step)
         return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ class TokenizerRun(TrainingRun):
     def report(self) -> list[dict[str, Any]]:
         held = self.pictures.held_out
         found, _ = self.scores(held)
+        if "psnr" not in found:
+            return []
         flat = held.float().div(255)
         mean_colour = psnr(flat.mean(dim=(2, 3), keepdim=True).expand_as(flat), flat).mean().item()
         margin = 1.96 * found.pop("psnr_error")
@@ -132,21 +135,22 @@ def build(recipe: TokenizerRecipe) -> ImageTokenizer:
 def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> tuple[dict[str, float], str | None]:
     """uint8 [n, 3, S, S] -> scores, and a line of warning where a codebook has collapsed.
 
-    PSNR in dB (mean over pictures, and its standard error); of the codes the share in use and the perplexity, named
-    NAME/codebook=K where there are several codebooks.
+    PSNR in dB (mean over pictures, and its standard error) where the tokenizer has a decoder; of the codes the share in
+    use and the perplexity, named NAME/codebook=K where there are several codebooks.
     """
     psnrs, codes = [], []
     for chunk in images.split(batch_size):
         originals = chunk.to(tokenizer.device).float() / 255
         found = tokenizer.encode(originals)
-        psnrs.append(psnr(tokenizer.decode(found), originals).cpu())
+        with suppress(NotImplementedError):  # its codes need a detokenizer, and are counted all the same
+            psnrs.append(psnr(tokenizer.decode(found), originals).cpu())
         codes.append(found.cpu())
-    values, books = torch.cat(psnrs), tokenizer.token_codebook().numpy()
-    counts = count_codes(torch.cat(codes).numpy(), books, tokenizer.codebook_sizes)
-    scores = {
-        "psnr": values.mean().item(),
-        "psnr_error": (values.std(unbiased=False) / math.sqrt(len(values))).item(),
-    }
+    counts = count_codes(torch.cat(codes).numpy(), tokenizer.token_codebook().numpy(), tokenizer.codebook_sizes)
+    scores = {}
+    if psnrs:
+        values = torch.cat(psnrs)
+        error = values.std(unbiased=False) / math.sqrt(len(values))
+        scores = {"psnr": values.mean().item(), "psnr_error": error.item()}
     for book, use in enumerate(map(CodebookUse.of, counts)):
         suffix = f"/codebook={book}" if len(counts) > 1 else ""
         scores |= {f"codes_used{suffix}": use.share, f"perplexity{suffix}": use.perplexity}
