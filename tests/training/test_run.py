@@ -5,7 +5,7 @@ import pytest
 from unitok.training.run import TrainingRun
 
 
-@pytest.mark.parametrize("call", ["sheet(None)", "scores(None)", "report()"])
+@pytest.mark.parametrize("call", ["sheet(None)", "scores(None)", "report({})"])
 def test_a_run_that_lacks_a_method_says_which(call):
     class Bare(TrainingRun):
         def __init__(self):

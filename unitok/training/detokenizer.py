@@ -331,8 +331,7 @@ class DetokenizerRun(TrainingRun):
         error = (own.std(unbiased=False) / math.sqrt(len(own))).item()
         return {"psnr": own.mean().item(), "psnr_shuffled": shuffled.mean().item(), "psnr_error": error}, None
 
-    def report(self) -> list[dict[str, Any]]:
-        found, _ = self.scores(self.pictures.held_out)
+    def report(self, found: dict[str, float]) -> list[dict[str, Any]]:
         margin = 1.96 * found["psnr_error"]
         return [
             {

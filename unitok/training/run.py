@@ -86,6 +86,7 @@ class TrainingRun:
         )
         self.step, self.seconds, self.saved_at = 0, 0.0, -1
         self.untrained: dict[str, float] = {}
+        self.latest: tuple[int, dict[str, float]] = (-1, {})  # the step of the last scores, and those
         self.stop = False
         self.window: dict[str, Tensor] = {}
         self.window_steps, self.window_start = 0, time.perf_counter()
@@ -114,8 +115,8 @@ class TrainingRun:
         """uint8 [n, 3, S, S] held out -> scores by name, and a line of warning."""
         raise lacking(self, "scores")
 
-    def report(self) -> list[dict[str, Any]]:
-        """The scores of the finished module, for report.json."""
+    def report(self, found: dict[str, float]) -> list[dict[str, Any]]:
+        """The scores of the finished module, which `scores` found, as records of report.json."""
         raise lacking(self, "report")
 
     def batch(self, index: Tensor, images: Tensor) -> dict[str, Any]:
@@ -256,6 +257,7 @@ class TrainingRun:
                 if self.step == 0:
                     print(f"no sample pictures: {error}", flush=True)
             scores, warning = self.scores(held) if len(held) else ({}, None)
+        self.latest = (self.step, scores)
         if warning:
             print(warning, flush=True)
         if sheet is not None:
@@ -327,9 +329,12 @@ class TrainingRun:
         """Write the module with averaged weights, and the report."""
         if self.accelerator.is_main_process:
             self.module.eval()
+            held, (step, found) = self.pictures.held_out, self.latest
             with self.averaged():
                 self.module.save_pretrained(self.out)
-                scores = self.report() if len(self.pictures.held_out) and self.untrained else []
+                if len(held) and step != self.step:  # the run went on behind its last step
+                    found, _ = self.scores(held)
+            scores = self.report(found) if len(held) and self.untrained else []
             seconds = {"train": self.seconds}
             report = {"seconds": seconds, "scores": scores, "refused": self.pictures.refused}
             checkpoint.write_json(self.folder / "report.json", report)

@@ -89,9 +89,8 @@ class TokenizerRun(TrainingRun):
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
 
-    def report(self) -> list[dict[str, Any]]:
-        held = self.pictures.held_out
-        found, _ = self.scores(held)
+    def report(self, found: dict[str, float]) -> list[dict[str, Any]]:
+        held, found = self.pictures.held_out, dict(found)
         if "psnr" not in found:
             return []
         flat = held.float().div(255)
