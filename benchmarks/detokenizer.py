@@ -1,7 +1,7 @@
 """A diffusion detokenizer on held-out scenes: does it draw what its codes say, and how fast?
 
     python -m unitok.data.scene_files out/detokenizer_test --test 512 --seed 9
-    python benchmarks/detokenizer.py DETOKENIZER --tokenizer T [--clip FOLDER] [--distilled D] [--n 512]
+    python benchmarks/detokenizer.py DETOKENIZER [--tokenizer T | --clip FOLDER] [--distilled D ...] [--n 512]
 
 Arms      the codes of the picture, those of another picture (shuffled), none (guidance 0), the tokenizer's own decoder:
           PSNR against the picture, and the share that the judge reads as the picture's whole scene
@@ -48,7 +48,7 @@ BATCH = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detokenizer")
-    parser.add_argument("--tokenizer", default="builtin:scenes")
+    parser.add_argument("--tokenizer", default="out/scenes_fsq")
     parser.add_argument("--clip")
     parser.add_argument("--distilled", nargs="*", default=[])
     parser.add_argument("--data", type=Path, default=Path("out/detokenizer_test"))
