@@ -151,7 +151,8 @@ def test_list_names_what_there_is(capsys, monkeypatch, world, tmp_path):
     (tmp_path / "eval").mkdir()
     shutil.copy(world.vqa, tmp_path / "eval")
     lines = printed(capsys, "list").splitlines()
-    assert lines[0].split(maxsplit=2)[2] == "dvae, emu3, fsq, fsq_split, magvit2, seed, titok, vqgan"
+    known = "dediffusion, dvae, emu3, fsq, fsq_split, interrogator, magvit2, seed, titok, vqgan"
+    assert lines[0].split(maxsplit=2)[2] == known
     assert "vqa" in lines[2] and "text_to_image" in lines[2]
     assert lines[-1].split() == ["eval/vqa.yaml", "no", "kind", "Questions", "about", "noise."]
 

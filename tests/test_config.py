@@ -137,7 +137,8 @@ def test_answers_stay_words(recipe):
         (LANGUAGE_MODEL.replace("steps: 10\n", ""), [], "missing key 'steps'"),
         (TOKENIZER, ["tokenizer={width: 3}"], "missing key 'tokenizer.name'"),
         (TOKENIZER, ["steps=many"], "steps: input should be a valid integer.*, got 'many'"),
-        (TOKENIZER, ["steps=0"], "steps: input should be greater than or equal to 1, got 0"),
+        (TOKENIZER, ["steps=-1"], "steps: input should be greater than or equal to 0, got -1"),
+        (TOKENIZER.replace("lr: ", "# "), [], "missing key 'lr', which training needs"),
         (LANGUAGE_MODEL, ["data.0.flip=1.5"], "data.0.flip: input should be less than or equal to 1, got 1.5"),
         (LANGUAGE_MODEL, ["dtype=float16"], "dtype: input should be 'float32', 'bfloat16' or 'auto', got 'float16'"),
         (

@@ -226,7 +226,8 @@ def expand(
     no_bars()
     model = expand_folder(llm, tokenizer, out, name, layout=LAYOUTS[layout], detokenizer=detokenizer)
     vocab = JointVocab.from_dict(Manifest.load(model).vocab or {})
-    print(f"{out}: {vocab.rows} rows, of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}")
+    new = f"of which {vocab.rows - vocab.text_rows} stand for {', '.join(vocab.images)}" if vocab.images else "none new"
+    print(f"{out}: {vocab.rows} rows, {new}")
 
 
 @app.command()
@@ -388,11 +389,12 @@ def _evaluate(recipe: EvaluationRecipe) -> None:
         raise ValueError(f"task {recipe.task} needs a model: give the recipe model, or model=MODEL behind it")
     model = None
     if recipe.model is not None:
-        model = _tokenizer_or_model(recipe) if recipe.task == "images" else _open(recipe.model, recipe.tokenizer)
+        model = _tokenizer_or_model(recipe)
     loaded = time.perf_counter()
     scores = task.run(model, recipe)
     seconds = {"load": loaded - begun, "evaluate": time.perf_counter() - loaded}
     told = {"task": recipe.task, "version": recipe.version, "model": recipe.model}
+    told |= {"template": recipe.template} if recipe.template else {}
     scores = [replace(score, protocol={**score.protocol, **told}) for score in scores]
     print_table(table(scores))
     print(write_results(recipe.out, scores, seconds) if recipe.out else "the recipe names no out: nothing is written")
@@ -405,15 +407,15 @@ def _tokenizer_or_model(recipe: EvaluationRecipe) -> Any:
 
     name = recipe.model or ""
     manifest = open_folder(name) / FILE
-    alone = manifest.is_file() and Manifest.load(manifest).vocab is None
-    return load_tokenizer(name, _device()) if alone else _open(name, recipe.tokenizer)
+    alone = recipe.task == "images" and manifest.is_file() and Manifest.load(manifest).vocab is None
+    return load_tokenizer(name, _device()) if alone else _open(name, recipe.tokenizer, recipe.template)
 
 
-def _open(model: str, tokenizer: str | None = None) -> UnifiedModel:
+def _open(model: str, tokenizer: str | None = None, template: dict[str, Any] | None = None) -> UnifiedModel:
     from unitok.model import load
 
     no_bars()
-    return load(model, _device(), tokenizer=tokenizer)
+    return load(model, _device(), tokenizer=tokenizer, template=template)
 
 
 def _device() -> str:

@@ -149,9 +149,22 @@ class PicturesRecipe(Section):
 
 
 class TokenizerRecipe(PicturesRecipe):
+    """With steps: 0, the tokenizer is written as it is: one with nothing to train, or a control."""
+
     kind: Literal["tokenizer"]
     tokenizer: TokenizerArguments
     stage: str = "main"
+    data: DataSources = []
+    steps: int = Field(ge=0)
+    batch_size: Count = 1
+    lr: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> TokenizerRecipe:
+        for key in ("data", "batch_size", "lr"):
+            if self.steps and (key not in self.model_fields_set or not getattr(self, key)):
+                raise ValueError(f"missing key {key!r}, which training needs")
+        return self
 
 
 class DetokenizerRecipe(PicturesRecipe):
@@ -249,6 +262,7 @@ class EvaluationRecipe(Section):
     task: str
     model: str | None = None
     tokenizer: str | None = None  # which of the model's image tokenizers, where it has several
+    template: dict[str, Any] = {}  # changes to the model's template
     data: DataSources = []
     train: DataSources = []  # where shots and text baselines come from; never scored
     n: Count | None = None  # rows scored; None: all

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -232,6 +233,8 @@ def _tokenizer_recipe(look: _Look, recipe: TokenizerRecipe) -> None:
 
     tokenizer = build(recipe)
     _say_tokenizer(look, recipe.tokenizer.name, tokenizer)
+    if not recipe.steps:
+        return look.say("no steps: it is written as it is")
     pictures = _pictures(look, recipe, tokenizer.preprocess, captioned=recipe.stage in tokenizer.text_stages)
     _say_memory(look, tokenizer_memory(recipe, tokenizer, torch.stack(pictures)))
     look.strips["as the tokenizer gets them"] = pictures
@@ -281,7 +284,7 @@ def _evaluation(look: _Look, recipe: EvaluationRecipe) -> None:
     if recipe.task == "images":
         look.strips["pictures"] = [read_image(parts[0].image) for _, parts in prompts]
         return
-    model = _without_weights(open_folder(recipe.model))
+    model = _without_weights(open_folder(recipe.model), recipe.tokenizer, recipe.template)
     for title, parts in _show(look, model, prompts, prompt=True):
         blocks = [(part.tokenizer, part.codes, part.grid) for part in parts if part.codes is not None]
         if look.pictures:
@@ -304,7 +307,9 @@ def _prompts(recipe: EvaluationRecipe, n: int) -> tuple[list[tuple[str, list[Par
     shown = [with_picture(row) for row in rows[:n]]
     if recipe.task != "vqa":
         return [(row["id"], [image_part(row["image"])]) for row in shown], len(rows)
-    sampler = ShotSampler(load_rows(recipe.train, "question") if recipe.shots else (), recipe.shots, recipe.seed)
+    more = recipe.options.get("text_shots", 0)
+    train = load_rows(recipe.train, "question") if recipe.shots or more else ()
+    sampler = ShotSampler(train, recipe.shots, recipe.seed, more)
     shots = [[with_picture(shot) for shot in sampler.draw(row)] for row in shown]
     return [(row["id"], asked(row, before)) for row, before in zip(shown, shots, strict=True)], len(rows)
 
@@ -341,12 +346,14 @@ def _part_line(part: Part) -> str:
     if part.type == "text":
         return f"  {loss:>4}  {part.role:9}  {_cut(part.text)!r}"
     shown = " ".join(map(str, part.codes[:SHOWN].tolist())) + (" ..." if len(part.codes) > SHOWN else "")
-    grid = "x".join(map(str, part.grid))
-    return f"  {loss:>4}  {part.role:9}  [{len(part.codes)} codes of {part.tokenizer}, {grid}]  {shown}  {part.source}"
+    shown = shown if part.words is None else repr(_cut(part.words))
+    size = f"{len(part.codes)} codes of {part.tokenizer}, {'x'.join(map(str, part.grid))}"
+    return f"  {loss:>4}  {part.role:9}  [{size}]  {shown}  {part.source}"
 
 
 def _part_columns(part: Part) -> dict[str, Any]:
-    columns = {key: getattr(part, key) for key in ("type", "role", "loss", "text", "tokenizer", "grid", "source")}
+    names = ("type", "role", "loss", "text", "words", "tokenizer", "grid", "source")
+    columns = {name: getattr(part, name) for name in names}
     codes = None if part.codes is None else part.codes.tolist()
     return {key: value for key, value in {**columns, "codes": codes}.items() if value is not None}
 
@@ -378,11 +385,12 @@ def _model(look: _Look, folder: Path) -> None:
     look.facts |= {"parameters": _size(lm), "rows": vocab.rows, "text_rows": vocab.text_rows}
     rows = f"{vocab.rows} rows, of which {vocab.text_rows} are text"
     look.say(f"{type(lm).__name__}, {_millions(_size(lm))} parameters, {rows}")
-    for name, image in vocab.images.items():
-        books = ", ".join(f"{book.size} codes at {book}" for book in image.codebooks)
-        grid = "x".join(map(str, image.grid))
-        look.say(f"{name}: grid {grid}, {vocab.block_length(name)} ids a picture ({' '.join(image.layout)}), {books}")
-        _say_tokenizer(look, name, model.image_tokenizers[name])
+    for name, tokenizer in model.image_tokenizers.items():
+        if image := vocab.images.get(name):  # one that writes words has no rows
+            books = ", ".join(f"{book.size} codes at {book}" for book in image.codebooks)
+            grid, block = "x".join(map(str, image.grid)), " ".join(image.layout)
+            look.say(f"{name}: grid {grid}, {vocab.block_length(name)} ids a picture ({block}), {books}")
+        _say_tokenizer(look, name, tokenizer)
     look.say("template: " + json.dumps(model.template.to_dict(), ensure_ascii=False))
     card, question = test_card(), "what is in the picture?"
     if look.pictures:
@@ -419,10 +427,10 @@ def test_card() -> Image.Image:
     return card
 
 
-def _without_weights(folder: Path) -> UnifiedModel:
+def _without_weights(folder: Path, tokenizer: str | None = None, template: Any = None) -> UnifiedModel:
     """The model with everything but the values of its LM."""
     base = adapter_base(folder) if is_adapter(folder) else folder
-    return around(lm_without_values(base), folder, device="cpu")
+    return around(lm_without_values(base), folder, device="cpu", tokenizer=tokenizer, template=template)
 
 
 def _show(
@@ -444,8 +452,9 @@ def _decoded(look: _Look, title: str, blocks: Sequence[tuple], tokenizers: dict[
     """Keep the pictures of (tokenizer, codes, grid) as one strip."""
     codes = [(tokenizers[name], torch.as_tensor(np.asarray(c, np.int64))[None], tuple(grid))
              for name, c, grid in blocks if name in tokenizers]  # fmt: skip
-    if codes:
-        look.strips[title] = [to_pil(own.decode(one, grid)[0]) for own, one, grid in codes]
+    with suppress(NotImplementedError):  # they need a detokenizer
+        if drawn := [to_pil(own.decode(one, grid)[0]) for own, one, grid in codes]:
+            look.strips[title] = drawn
 
 
 def _reconstructed(look: _Look, card: Image.Image, tokenizers: dict[str, ImageTokenizer]) -> None:
@@ -453,7 +462,8 @@ def _reconstructed(look: _Look, card: Image.Image, tokenizers: dict[str, ImageTo
     for name, tokenizer in tokenizers.items():
         pixels = tokenizer.preprocess(card)[None]  # [1, 3, H, W]
         grid = tuple(tokenizer.grid(*pixels.shape[-2:]))
-        look.strips[f"through {name}"] = [to_pil(tokenizer.decode(tokenizer.encode(pixels), grid)[0])]
+        with suppress(NotImplementedError):
+            look.strips[f"through {name}"] = [to_pil(tokenizer.decode(tokenizer.encode(pixels), grid)[0])]
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

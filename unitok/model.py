@@ -41,16 +41,14 @@ PICTURES = 128  # pictures encoded or decoded at once
 
 
 def load(
-    path_or_hub_id: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
-    *,
-    tokenizer: str | None = None,
-) -> UnifiedModel:
+    path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, *,
+    tokenizer: str | None = None, template: Mapping[str, Any] | None = None,
+) -> UnifiedModel:  # fmt: skip
     """Open a model folder, an adapter folder or `builtin:NAME` -> UnifiedModel in eval mode.
 
     dtype: of the LM; by default the checkpoint's own. tokenizer: the image tokenizer that reads and draws wherever none
-    is named; only needed where there are several. ValueError naming the field where parts of the folder do not fit.
+    is named; only needed where there are several. template: changes to the folder's. ValueError naming the field where
+    parts of the folder do not fit.
     """
     folder = open_folder(path_or_hub_id)
     if (folder / FILE).is_file() and (manifest := Manifest.load(folder)).vocab is None and manifest.tokenizers:
@@ -59,7 +57,7 @@ def load(
         lm = merge(load_adapter(folder, device=device, dtype=dtype)).eval()
     else:
         lm = open_lm(folder, device=device, dtype=dtype)
-    return around(lm, folder, tokenizer=tokenizer)
+    return around(lm, folder, tokenizer=tokenizer, template=template)
 
 
 def around(
@@ -270,17 +268,18 @@ class UnifiedModel:
     ) -> list[str]:
         """Batch form of `answer`. rows: {"image", "question"}; image: a file, a PIL picture, a list of them, or None.
 
-        shots: for each row the exemplars before it. Greedy by default. A reply ends where a shot would end.
+        shots: for each row the exemplars before it. Greedy by default. A reply ends where that of a shot would end.
         guidance: scale of the reply against the same prompt without its pictures (1: none; see `sampling/guidance.py`).
         """
         documents = [asked(row, shots[i] if shots else ()) for i, row in enumerate(rows)]
+        end = self.template.around("answer")[1].strip()
         self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
             text_guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
-            stop=self.template.shot_separator,
+            stop=end or self.template.shot_separator,
         )  # fmt: skip
-        return [self._text(ids) for ids in made]
+        return [self._text(ids, end) for ids in made]
 
     def captions(
         self,
@@ -439,8 +438,9 @@ class UnifiedModel:
             raise ValueError(f"no image tokenizer {name!r} in this model; it has: {', '.join(names)}")
         return name
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    def _text(self, ids: Sequence[int], end: str = "") -> str:
+        text = self.text_tokenizer.decode(list(ids), skip_special_tokens=True)
+        return (text.partition(end)[0] if end else text).strip()
 
     def _parts(self, ids: Sequence[int]) -> list[Part]:
         pieces = self.vocab.split(np.asarray(ids, np.int64))

@@ -6,9 +6,14 @@ import json
 
 import pytest
 
-from unitok.data.scene_files import write_scenes
+from unitok.checkpoint import open_folder
+from unitok.data.render import Template, question_parts, render
+from unitok.data.scene_files import BEHIND, write_readings, write_scenes
 from unitok.data.scenes import HELD_OUT
+from unitok.data.schema import codes_part, parse_row
+from unitok.lm.text import load_text_tokenizer
 
+BASE = open_folder("builtin:scenes")
 SPELLED = {f"{colour} {shape}" for shape, colour in HELD_OUT}
 
 
@@ -62,3 +67,22 @@ def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder):
         write_scenes(folder, **{**same, "texts": 5})
     with pytest.raises(ValueError, match="unknown setting 'cubes'"):
         write_scenes(folder / "x", setting="cubes")
+
+
+def test_readings_are_the_questions_with_a_true_caption_where_words_of_a_picture_stand(tmp_path):
+    write_scenes(tmp_path, pictures={"train": 30}, captions=2)
+    write_readings(tmp_path)
+    captions = {}
+    for row in rows(tmp_path, "train_captions"):
+        captions.setdefault(row["image"], []).append(row["text"])
+    tables = [rows(tmp_path, f"train_{name}") for name in ("questions", "read", "blind")]
+    words, template = load_text_tokenizer(BASE), Template(question="{question} ", image_suffix=BEHIND)
+    for question, read, blind in zip(*tables, strict=True):
+        told, asked = read["messages"][0]["content"].split(BEHIND)
+        assert told in captions[question["image"]] and asked == blind["messages"][0]["content"] == question["question"]
+        assert read["messages"][1] == blind["messages"][1] == {"role": "assistant", "content": question["answers"][0]}
+        as_words = question_parts(asked, codes_part([0], (1,), "words", words=told), question["answers"][0])
+        [document] = parse_row(read)
+        ids, weights, _ = render(document.parts, None, words, template)
+        expected = render(as_words, None, words, template)
+        assert ids.tolist() == expected.ids.tolist() and weights.tolist() == expected.weights.tolist()

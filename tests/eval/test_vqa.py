@@ -350,3 +350,18 @@ def test_real_annotations_are_scored_with_leave_one_out():
     shortcut = [min(1, row["answers"].count("no") / 3) for row in rows]  # what the official rule is often taken for
     assert round(sum(shortcut) / 105, 3) == 0.225
     assert scores["vqa"].protocol["metric"] == "official" and "vqa/answer_type=yes/no" in scores
+
+
+def test_a_blind_reader_is_asked_without_pictures():
+    seen = []
+
+    class Watcher(Blind):
+        def answers(self, rows, *, shots, temperature):
+            seen.extend(rows)
+            return super().answers(rows, shots=shots, temperature=temperature)
+
+    [score, *_] = evaluate(Watcher(), ROWS, TRAIN, pictures=False, baselines=["blind"])
+    assert len(seen) == len(ROWS) and all(row["image"] is None for row in seen)
+    assert score.protocol["pictures"] is False and score.baselines.keys() == {"blind"}
+    with pytest.raises(ValueError, match="without pictures have no baseline of other pictures"):
+        evaluate(Watcher(), ROWS, TRAIN, pictures=False)

@@ -235,6 +235,22 @@ class Undecoded(Collapsed):
         raise NotImplementedError("needs a detokenizer")
 
 
+def test_no_steps_write_the_tokenizer_as_it_is(pictures, uninterrupted, tmp_path):
+    table = tmp_path / "phrases.txt"
+    table.write_text("red circle\nblue square")
+    clip = get("interrogator").tiny().config["clip"]
+    values = {"name": "interrogator", "clip": clip, "text_tokenizer": "builtin:scenes", "phrases": str(table)}
+    plan = {"kind": "tokenizer", "tokenizer": values, "out": str(tmp_path / "out"), "steps": 0}
+    train(TokenizerRecipe(**plan))
+    made = load_tokenizer(tmp_path / "out")
+    assert made.to_text(made.encode(torch.rand(1, 3, 16, 16)))[0].startswith(("red circle", "blue square"))
+    training = {**plan, "steps": 1, "data": str(pictures), "batch_size": 1, "lr": 1}
+    with pytest.raises(ValueError, match="'interrogator' has nothing to train: give steps 0"):
+        train(TokenizerRecipe(**training))
+    with pytest.raises(ValueError, match="holds a trained tokenizer: choose another out"):
+        train(recipe(pictures, uninterrupted, steps=0))
+
+
 def test_codes_without_a_decoder_are_counted(pictures, tmp_path, capsys):
     arguments = {"name": f"{__name__}:Undecoded", "image_size": 16, "width": 8, "min_width": 8, "levels": [8, 8, 8]}
     run = train(recipe(pictures, tmp_path / "undecoded", steps=2, tokenizer=arguments))

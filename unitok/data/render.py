@@ -35,15 +35,17 @@ class Template:
 
     chat: "plain" | "model" (turns are worded by the text tokenizer's own chat template; documents without turns stay
     plain). bos, eos: write them where the text tokenizer has them. separator: between two texts that touch.
-    question, answer: wording of a question or user turn and of its reply. shot_separator: after a reply or a system
-    text that something follows. null: the prompt of caption dropping and of guidance. image_prefix, image_suffix:
-    around an image of a text tokenizer (one whose vocabulary is words).
+    header: in front of a document with questions; plain only. question, answer: wording of a question or user turn and
+    of its reply. shot_separator: after a reply or a system text that something follows. null: the prompt of caption
+    dropping and of guidance. image_prefix, image_suffix: around an image of a text tokenizer (one whose vocabulary
+    is words).
     """
 
     chat: str = "plain"
     bos: bool = True
     eos: bool = True
     separator: str = "\n"
+    header: str = ""
     question: str = "Q: {question} A: "
     answer: str = "{answer}"
     shot_separator: str = "\n"
@@ -193,6 +195,8 @@ class _Pieces:
         template, encoder = self.template, self.encoder
         if template.bos and encoder.bos is not None:
             self.special(encoder.bos[0], encoder.bos[1], loss=False)
+        if any(part.role in _ASK for part in parts):
+            self.text(template.header, loss=False, key="header")
         turn, worded, touching = None, False, False  # open turn; it has its first words; the last part was a text
         for i, part in enumerate(parts):
             side = _side(part)

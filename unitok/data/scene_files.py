@@ -1,6 +1,7 @@
 """Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
 
     python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice] [--pictures N ...]
+    python -m unitok.data.scene_files OUT --readings
 
     images/SPLIT/*.png
     eyes.jsonl                   pictures of every pair: for the image tokenizer, which is not a language model
@@ -13,6 +14,8 @@
     train_told.jsonl             {"parts": [text without loss, text]}      a caption, then what is true if it is
     train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
+    train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
+    train_blind.jsonl            {"messages": [...]}: the question alone, then its answer             (--readings)
     SPLIT_captions.jsonl         {"image", "captions": every true caption}      SPLIT: validation, test
     SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
     SPLIT_prompts.jsonl          {"prompt", "claim", "image"}: to draw; the claim is what a judge checks
@@ -56,6 +59,7 @@ from unitok.data.scenes import (
     render_scene,
 )
 
+BEHIND = ": "  # between caption and question in train_read.jsonl: what a template has as image_suffix
 DONE = "scenes.json"  # written last: the arguments that made the folder
 MAX_SHOTS = 4
 SPLITS: dict[str, dict[str, Any]] = {  # which pairs a split shows; seeds differ by position
@@ -114,6 +118,33 @@ def write_scenes(
             _write_scored(out, split, scenes, names, rng)
     write_json(out / DONE, asked)
     return out
+
+
+def write_readings(folder: str | Path, seed: int = 0) -> Path:
+    """Write train_read.jsonl and train_blind.jsonl of a folder of scenes: its training questions without pictures.
+
+    They teach a language model to answer from true captions, and without any; each question gets one of the captions
+    of its picture. Returns the folder.
+    """
+    folder, rng = Path(folder), np.random.default_rng([seed, 99])
+    captions: dict[str, list[str]] = {}
+    for row in _rows(folder / "train_captions.jsonl"):
+        captions.setdefault(row["image"], []).append(row["text"])
+    asked = [(row["question"], row["answers"][0], captions[row["image"]])
+             for row in _rows(folder / "train_questions.jsonl")]  # fmt: skip
+    told = (said[int(rng.integers(len(said)))] + BEHIND for _, _, said in asked)
+    _write(folder / "train_read.jsonl", (_turns(t + q, a) for t, (q, a, _) in zip(told, asked, strict=True)))
+    _write(folder / "train_blind.jsonl", (_turns(q, a) for q, a, _ in asked))
+    return folder
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _turns(asked: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
 
 
 def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
@@ -264,7 +295,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for split in SPLITS:
         parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=0, metavar="N", help=f"{split} pictures")
+    parser.add_argument("--readings", action="store_true", help="of OUT as it is, write train_read and train_blind")
     args = vars(parser.parse_args())
+    if args.pop("readings"):
+        print(write_readings(args["out"], args["seed"]))
+        return
     pictures = {split: args.pop(split) for split in SPLITS}
     print(write_scenes(args.pop("out"), pictures=pictures, **args))
 

@@ -18,6 +18,7 @@ from unitok.nn import diffusion
 from unitok.nn.denoisers import Conditioner, DiT, Hints, Sana, UNet
 from unitok.nn.diffusion import ImportanceSampler, Predict, Process
 from unitok.nn.frozen import Frozen
+from unitok.nn.latents import open_vae, to_images, to_latents
 
 BODIES = ("dit", "unet", "sana")
 
@@ -118,7 +119,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         self.vae = None if vae is None else open_vae(vae, vae_revision)
         self.freeze(*frozen, *([] if vae is None else ["vae"]))
         with torch.no_grad():
-            self.shape = tuple(self._encode(torch.zeros(1, 3, image_size, image_size)).shape[1:])  # C, H, W
+            self.shape = tuple(to_latents(self.vae, torch.zeros(1, 3, image_size, image_size)).shape[1:])  # C, H, W
         self.clip = clip_sample and self.vae is None
         channels, side = self.shape[0], self.shape[1]
         sizes = (channels, channels * (1 + learned_variance), side)
@@ -229,29 +230,6 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         from its batch where nobody has."""
         self.conditioner.fit(vectors)
 
-    # ---- space
-
-    def _encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> what diffusion runs in: pixels in [-1, 1], or scaled latents."""
-        pixels = images * 2 - 1
-        if self.vae is None:
-            return pixels
-        with torch.no_grad():
-            out = self.vae.encode(pixels.to(self.vae.dtype))
-        latents = out.latent_dist.mode() if hasattr(out, "latent_dist") else out[0]
-        shift, scale = self._scaling()
-        return ((latents - shift) * scale).to(images.dtype)
-
-    def _decode(self, x: Tensor) -> Tensor:
-        if self.vae is not None:
-            shift, scale = self._scaling()
-            x = self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample
-        return ((x + 1) / 2).clamp(0, 1).float()
-
-    def _scaling(self) -> tuple[float, float]:
-        assert self.vae is not None
-        return self.vae.config.get("shift_factor") or 0.0, self.vae.config.get("scaling_factor") or 1.0
-
     # ---- generation
 
     def _run(self, x: Tensor, t: Tensor, hints: Hints) -> Tensor:
@@ -321,13 +299,13 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             learned_variance=self.learned_variance,
             clip=self.clip,
         )
-        return self._decode(x)
+        return to_images(self.vae, x)
 
     @torch.no_grad()
     def invert(self, images: Tensor, condition: Condition, steps: int | None = None) -> Tensor:
         """float [B, 3, H, W] in [0, 1] -> the noise [B, C, H, W] they come from, by DDIM backwards, unguided."""
         self.check_condition(condition)
-        x0 = self._encode(images.to(self.device))
+        x0 = to_latents(self.vae, images.to(self.device))
         predict = self._predict(condition.to(self.device))
         return diffusion.invert(self.process, predict, x0, steps=self.steps if steps is None else steps)
 
@@ -342,7 +320,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         if step == 0 and self.training and condition.vectors is not None and "vectors" in self.takes:
             if not self.conditioner.fitted:
                 self.fit_vectors(condition.vectors)
-        x0, count, device = self._encode(images), len(images), images.device
+        x0, count, device = to_latents(self.vae, images), len(images), images.device
         weights: Tensor | float
         if self.importance is None:
             t, weights = torch.randint(self.process.timesteps, (count,), device=device), 1.0
@@ -383,7 +361,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             raise ValueError("student and teacher must have the same levels of noise and size of picture")
         # every other level of the teacher's grid is one of the student's
         grid = torch.tensor([*mine.grid(2 * sampling_steps), -1], device=images.device)
-        x0, count = self._encode(images), len(images)
+        x0, count = to_latents(self.vae, images), len(images)
         place = 2 * torch.randint(sampling_steps, (count,), device=images.device)
         t = grid[place]
         x = mine.noised(x0, t, torch.randn_like(x0))
@@ -413,15 +391,3 @@ def open_text_model(source: str, revision: str | None = None) -> tuple[Any, Any]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so that any will do
     return CLIPTextModel.from_pretrained(folder), tokenizer
-
-
-def open_vae(source: str, revision: str | None = None) -> Any:
-    """A VAE of diffusers, of whatever class its folder names."""
-    import diffusers
-
-    folder = checkpoint.open_folder(source, revision=revision)
-    name = str(checkpoint.read_json(folder / "config.json").get("_class_name"))
-    kind = getattr(diffusers, name, None)
-    if not name.startswith("Autoencoder") or kind is None:
-        raise ValueError(f"{source}: not the folder of a diffusers VAE: its config.json names the class {name}")
-    return kind.from_pretrained(folder)

@@ -67,7 +67,7 @@ def run(model, recipe) -> list[Score]:
         batch_size=recipe.batch_size,
         decode=decode,
         replies=None if out is None else out / REPLIES,
-        stamp=model_stamp(recipe.model),
+        stamp=model_stamp(recipe),
         **options,
     )
 

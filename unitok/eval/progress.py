@@ -116,11 +116,14 @@ class ReplyLog:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def model_stamp(folder: str | None) -> Any:
-    """What tells one state of a model folder from another without reading it: names, sizes and times of its files.
+def model_stamp(recipe) -> Any:
+    """What tells the model of a recipe from another: the state of its folder, and its wording where that is changed."""
+    stamp = _folder_stamp(recipe.model)
+    return [stamp, recipe.template] if recipe.template else stamp
 
-    The name itself for what is no local folder; None for None.
-    """
+
+def _folder_stamp(folder: str | None) -> Any:
+    """Names, sizes and times of its files; the name itself for what is no local folder; None for None."""
     if folder is None or not Path(folder).is_dir():
         return folder
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json", ".bin"))

@@ -103,7 +103,7 @@ def run(model, recipe) -> list[Score]:
             "candidates": recipe.candidates,
         },
         out=Path(recipe.out) if recipe.out else None,
-        stamp=model_stamp(recipe.model),
+        stamp=model_stamp(recipe),
         **options,
     )
 
@@ -308,6 +308,14 @@ def everything(scene: Scene | None) -> Claim | None:
     things = tuple((t.shape, t.colour, t.size) for t in scene.things)
     relations = [r for a, b in itertools.pairwise(scene.things) if (r := relation(a, b)) is not None]
     return Claim(things, tuple(relations) if len(relations) == len(things) - 1 else (), scene.background)
+
+
+def things_kept(claim: Claim, scene: Scene | None) -> float:
+    """Share of the claim's things whose shape and colour together are found in the scene, each thing counted once; 0
+    where there is no scene."""
+    claimed = Counter((shape, colour) for shape, colour, _ in claim.things)
+    found = Counter(thing.pair for thing in scene.things) if scene else Counter()
+    return (claimed & found).total() / claimed.total()
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

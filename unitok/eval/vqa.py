@@ -44,10 +44,10 @@ def run(model, recipe) -> list[Score]:
     """The scores of one recipe; replies go to `recipe.out`/replies.jsonl, from where an interrupted run goes on.
 
     `recipe.train`: sources of shots and text baselines. `recipe.options`: mode, baselines, breakdown, cut,
-    max_new_tokens, name. Decoding is greedy unless the recipe gives a temperature.
+    max_new_tokens, name, text_shots, pictures. Decoding is greedy unless the recipe gives a temperature.
     """
     options = dict(recipe.options)
-    known = {"mode", "baselines", "breakdown", "cut", "max_new_tokens", "name"}
+    known = {"mode", "baselines", "breakdown", "cut", "max_new_tokens", "name", "text_shots", "pictures"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"vqa: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     out = Path(recipe.out) if recipe.out else None
@@ -65,7 +65,7 @@ def run(model, recipe) -> list[Score]:
         batch_size=recipe.batch_size,
         decode=decode,
         replies=None if out is None else out / REPLIES,
-        stamp=model_stamp(recipe.model),
+        stamp=model_stamp(recipe),
         **options,
     )
 
@@ -76,6 +76,8 @@ def evaluate(
     train: Sequence[Row] = (),
     *,
     shots: int = 0,
+    text_shots: int = 0,
+    pictures: bool = True,
     seed: int = 0,
     mode: str = "official",
     baselines: Sequence[str] | None = None,
@@ -91,6 +93,9 @@ def evaluate(
 
     Args:
         train: rows that shots are drawn from and text baselines are counted on.
+        text_shots: so many more in front of them, without their pictures: they show the form of an answer alone. A
+            model that was never asked before gets them in place of no shots (Flamingo, De-Diffusion).
+        pictures: False asks every question without its picture: a reader that was taught without any.
         mode: one of vqa_metric.MODES; rows with fewer than three answers are scored by `exact`.
         baselines: a choice of BASELINES; None: all that these rows, training rows and shots allow.
         breakdown: row columns to report apart; "a+b" crosses two. None: those of BREAKDOWN that the rows have.
@@ -108,14 +113,18 @@ def evaluate(
     if len(by_id) != len(rows):
         twice = next(i for i, count in Counter(row["id"] for row in rows).items() if count > 1)
         raise ValueError(f"vqa: two rows have the id {twice!r}")
-    sampler = ShotSampler(train, shots, seed)
+    sampler = ShotSampler(train, shots, seed, text_shots)
     decode = {"temperature": 0.0, **(decode or {})}
     shown = {row["id"]: image_keys(row) for row in rows}
-    arms = _arms(baselines, shown, train, shots)
+    arms = _arms(baselines, shown, train, shots + text_shots)
+    if not pictures and {"no_image", "shuffled_images"} & set(arms):
+        raise ValueError("questions without pictures have no baseline of other pictures: give baselines without them")
     protocol = {
         "metric": "+".join(sorted({row_mode(row["answers"], mode) for row in rows})),
         "shots": shots,
-        "shot_choice": "random" if shots else "none",
+        **({"text_shots": text_shots} if text_shots else {}),
+        **({} if pictures else {"pictures": False}),
+        "shot_choice": "random" if shots + text_shots else "none",
         "seed": seed,
         "cut": list(cut),
         "decode": decode,
@@ -129,7 +138,7 @@ def evaluate(
         return {i: vqa_accuracy(answers[i], r["answers"], row_mode(r["answers"], mode)) for i, r in by_id.items()}
 
     def asked(arm: str) -> dict[str, float]:
-        prompts = _prompts(rows, arm, sampler, shown, seed)
+        prompts = _prompts(rows, arm if pictures else "no_image", sampler, shown, seed)
 
         def ask(ids: Sequence[str]) -> list[str]:
             shots = [[with_picture(shot) for shot in prompts[i][1]] for i in ids]
@@ -168,16 +177,20 @@ class ShotSampler:
     A shot never shows the row's picture: pictures are compared by content, not by name.
     """
 
-    def __init__(self, train: Sequence[Row], k: int, seed: int):
-        if k < 0:
-            raise ValueError(f"shots must be at least 0, got {k}")
+    def __init__(self, train: Sequence[Row], shots: int, seed: int, text_shots: int = 0):
+        if min(shots, text_shots) < 0:
+            raise ValueError(f"shots must be at least 0, got {min(shots, text_shots)}")
+        k = shots + text_shots
         if k and not train:
             raise ValueError(f"{k} shots need training rows: give the recipe train")
-        self.train, self.k, self.seed = train, k, seed
+        self.train, self.k, self.seed, self.text_shots = train, k, seed, text_shots
         self._keys: dict[int, frozenset[str]] = {}
 
     def draw(self, row: Row) -> list[dict[str, Any]]:
-        """k shots {"id", "image", "question", "answers": [its most given answer]}, different rows, in prompt order."""
+        """Shots {"id", "image", "question", "answers": [its most given answer]}, different rows, in prompt order.
+
+        The first `text_shots` have no image.
+        """
         rng, shown = row_rng(self.seed, "shots", row["id"]), image_keys(row)
         chosen: list[int] = []
         allowed = 10 * self.k + 100  # draws before the training rows are searched one by one
@@ -191,7 +204,8 @@ class ShotSampler:
                 have = len(chosen) + len(rest)
                 raise ValueError(f"{self.k} shots for {row['id']}: only {have} training rows show another picture")
             chosen += rng.sample(rest, self.k - len(chosen))
-        return [_shot(self.train[i]) for i in chosen]
+        shots = [_shot(self.train[i]) for i in chosen]
+        return [{**shot, "image": None} if j < self.text_shots else shot for j, shot in enumerate(shots)]
 
     def permuted(self, row: Row) -> list[dict[str, Any]]:
         """The same shots with answers moved round by one or more places; a single shot gets another row's answer."""

@@ -10,6 +10,7 @@ which stays tied: text rows cannot move, and the file grows with the rank and th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def load_adapter(
     if not isinstance(base, PreTrainedModel):
         base_folder = adapter_base(folder, base)
         if (base_folder / FILE).is_file() and (folder / FILE).is_file():
-            Manifest.load(folder).check(Manifest.load(base_folder), what=("adapter", "model"))
+            own = replace(Manifest.load(folder), template=None)  # a recipe may have changed the model's
+            own.check(Manifest.load(base_folder), what=("adapter", "model"))
         base = open_lm(base_folder, device=device, dtype=dtype)
     needed = max((max(ids) for ids in _token_indices(folder).values() if ids), default=-1)
     rows = ends(base)[0].weight.shape[0]

@@ -32,15 +32,21 @@ class Process:
             al. 2023), whose levels are alpha = 1 - sigma, sigma = (t + 1) / T whatever the schedule.
         schedule: "linear" (Ho et al. 2020; its range times 1000 / T) or "cosine" (Nichol and Dhariwal 2021).
         timesteps: T.
+        betas: float [T] of another schedule, in place of the named one.
     """
 
-    def __init__(self, prediction: str = "v", schedule: str = "cosine", timesteps: int = 1000):
+    def __init__(
+        self, prediction: str = "v", schedule: str = "cosine", timesteps: int = 1000, betas: Tensor | None = None
+    ):
         for what, value, known in (("prediction", prediction, PREDICTIONS), ("schedule", schedule, SCHEDULES)):
             if value not in known:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
         if timesteps < 2:
             raise ValueError(f"timesteps must be 2 or more, got {timesteps}")
+        if betas is not None and (prediction == "flow" or len(betas) != timesteps):
+            raise ValueError(f"betas must be {timesteps}, one a timestep, and flow has none")
         self.prediction, self.schedule, self.timesteps = prediction, schedule, timesteps
+        self.betas = None if betas is None else betas.tolist()
         with torch.device("cpu"):  # also where networks are laid out on the meta device
             self._tables()
 
@@ -69,6 +75,7 @@ class Process:
             beta_start=min(0.1 / self.timesteps, 0.999),
             beta_end=min(20 / self.timesteps, 0.999),
             beta_schedule=SCHEDULES[self.schedule],
+            trained_betas=self.betas,
             variance_type="learned_range" if learned_variance else "fixed_small",
             prediction_type={"x0": "sample", "v": "v_prediction"}.get(self.prediction, "epsilon"),
             clip_sample=clip,

@@ -45,6 +45,10 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
         """The constructor's arguments, as JSON gives them back (tuples are lists)."""
         return json.loads(json.dumps(self._hub_mixin_config or {}))
 
+    def record(self, **found: Any) -> None:
+        """Arguments for a saved folder: what other folders or the Hub said, which need not be there when it is read."""
+        self._hub_mixin_config = {**self.config, **found}
+
     @property
     def device(self) -> torch.device:
         return _reference(self).device

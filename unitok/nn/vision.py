@@ -1,4 +1,4 @@
-"""A frozen vision tower of transformers: patch features, and the projected image embedding where it is a CLIP.
+"""A vision tower of transformers, mostly frozen: patch features, and the projected image embedding where it is a CLIP.
 
 Shapes: B images, H x W pixels, M positions (patches, and mostly a class token before them), C width, D projected size.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModelWithProjection, PreTrainedConfig
 
@@ -22,8 +23,8 @@ EVA_G = {"model_type": BLIP_2, "initializer_range": 0.02}
 CLASSES: dict[str, Any] = {"clip_vision_model": CLIPVisionModelWithProjection, BLIP_2: Blip2VisionModel}
 
 
-class FrozenVision(nn.Module):
-    """Takes no gradient, and stays in eval mode.
+class Vision(nn.Module):
+    """A tower that sees pixels in [0, 1].
 
     Args:
         tower: what `open_tower` or `build_tower` gave.
@@ -35,7 +36,7 @@ class FrozenVision(nn.Module):
 
     def __init__(self, tower: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.tower: Any = tower.requires_grad_(False).eval()
+        self.tower: Any = tower
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(list(values)).view(3, 1, 1), persistent=False)
 
@@ -62,14 +63,24 @@ class FrozenVision(nn.Module):
             self.tower.post_layernorm = nn.Identity()
         return norm
 
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """float [B, 3, H, W] in [0, 1] -> features [B, M, C], and CLIP's image embedding [B, D], not normalised."""
+        found = self.tower((images - self.mean) / self.std)
+        return found.last_hidden_state, getattr(found, "image_embeds", None)
+
+
+class FrozenVision(Vision):
+    """Takes no gradient, and stays in eval mode."""
+
+    def __init__(self, tower: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(tower.requires_grad_(False).eval(), mean, std)
+
     def train(self, mode: bool = True) -> FrozenVision:
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """float [B, 3, H, W] in [0, 1] -> features [B, M, C], and CLIP's image embedding [B, D], not normalised."""
-        found = self.tower((images - self.mean) / self.std)
-        return found.last_hidden_state, getattr(found, "image_embeds", None)
+        return super().forward(images)
 
 
 def build_tower(config: Mapping[str, Any]) -> nn.Module:
@@ -101,6 +112,13 @@ def open_tower(folder: str | Path) -> nn.Module:
     if told["missing_keys"]:
         raise ValueError(f"{folder}: its vision tower is not whole: {min(told['missing_keys'])} is missing")
     return tower
+
+
+def scaled(images: Tensor, size: int) -> Tensor:
+    """float [B, 3, H, W] in [0, 1] -> [B, 3, size, size], smoothed where it shrinks."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def pixel_statistics(folder: str | Path) -> tuple[list[float], list[float]]:

@@ -40,7 +40,7 @@ class ImageTokenizer(Pretrained):
     codebook_sizes: tuple[int, ...]
     token_order: str = "raster"  # another name where tokens come otherwise: it changes whenever the order does
     vocabulary: str = "codes"  # "codes": new rows in the LLM; "text": words, through to_text
-    stages: tuple[str, ...] = ("main",)
+    stages: tuple[str, ...] = ("main",)  # (): nothing is trained
     text_stages: tuple[str, ...] = ()  # those whose loss reads batch["texts"]
     exact: tuple[str, ...] | None = None  # what stays in float32 where the rest is bfloat16: modules that choose codes
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded

@@ -15,7 +15,6 @@ Shapes: B images, N queries and codes, C width, E size of the contrastive embedd
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from unitok import checkpoint
 from unitok.nn.qformer import ViTBlock, make_qformer
 from unitok.nn.quantizers import VQ
 from unitok.nn.vision import CLIP_MEAN, CLIP_STD, EVA_G, FrozenVision, build_tower, open_tower, pixel_statistics
+from unitok.nn.words import files_of, read_files
 from unitok.tokenizers.base import ImageTokenizer, parse_resize
 
 QUANTIZER, RECONSTRUCTION, IMAGE = 5.0, 2.0, 0.5  # weights of the losses of stage "codes"
@@ -126,7 +126,7 @@ class SeedTokenizer(ImageTokenizer):
         if not size:
             raise ValueError(f"seed needs target_size, of the embedding its head learns: {vision} has none of its own")
         self._targets: list[FrozenVision] = []  # opened when first needed; a list hides it, so that no folder holds it
-        self._record(text_tokenizer=None, words=words, target_size=size)
+        self.record(text_tokenizer=None, words=words, target_size=size)
 
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, tokens, width))
         self.qformer = make_qformer(
@@ -172,19 +172,15 @@ class SeedTokenizer(ImageTokenizer):
         if pixels != self.image_size:
             raise ValueError(f"image_size is {self.image_size}, but the vision tower's is {pixels}: give that one")
         if copy:
-            self._record(vision=frozen.config)
+            self.record(vision=frozen.config)
         else:
             self.not_saved = ("vision.tower.",)
             found = checkpoint.state_hash(frozen.tower.state_dict())
             if expected not in (None, found):
                 raise ValueError(f"{vision}: its weights are not those that this tokenizer saw in training")
-            self._record(vision_hash=found)
-        self._record(mean=mean, std=std)
+            self.record(vision_hash=found)
+        self.record(mean=mean, std=std)
         return frozen
-
-    def _record(self, **found: Any) -> None:
-        """Arguments for a saved folder: what other folders or the Hub said, which need not be there when it is read."""
-        self._hub_mixin_config = {**self.config, **found}
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         height, width = (self.image_size if n is None else n for n in (height, width))
@@ -321,7 +317,7 @@ class SeedTokenizer(ImageTokenizer):
     def load_assets(self, folder: Path) -> None:
         if folder.is_dir():
             self._words = AutoTokenizer.from_pretrained(folder)
-            self._word_files = _files(folder)
+            self._word_files = read_files(folder)
 
     @classmethod
     def tiny(cls) -> SeedTokenizer:
@@ -355,13 +351,7 @@ def _open_words(name: str) -> tuple[PreTrainedTokenizerBase, dict[str, bytes]]:
         raise ValueError(f"{name}: no text tokenizer could be loaded ({str(error).splitlines()[0]})") from error
     for names in (("cls", "bos"), ("sep", "eos")):
         _first(words, *names)
-    with tempfile.TemporaryDirectory() as folder:
-        words.save_pretrained(folder)
-        return words, _files(Path(folder))
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    return words, files_of(words)
 
 
 def _first(words: PreTrainedTokenizerBase, *names: str) -> int:

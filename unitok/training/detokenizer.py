@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from unitok import detokenizers
 from unitok.checkpoint import open_folder, state_hash
 from unitok.config import DetokenizerRecipe
 from unitok.detokenizers.base import Condition, Detokenizer, load_detokenizer
+from unitok.nn.vision import scaled
 from unitok.tokenizers.base import fit, load_tokenizer, to_tensor
 from unitok.training.clip import RESIZE, pixel_values
 from unitok.training.run import (
@@ -232,9 +232,7 @@ class DetokenizerRun(TrainingRun):
     def _see(self, images: Tensor) -> Tensor:
         """What is kept of pictures uint8 [B, 3, S, S], which the source may see in another size."""
         floats, size = self.floats(images), self.source.image_size
-        if size not in (None, floats.shape[2]):
-            floats = F.interpolate(floats, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return self.source.see(floats)
+        return self.source.see(floats if size is None else scaled(floats, size))
 
     def _condition(self, kept: Tensor, texts: list[str] | None) -> Condition:
         condition = self.source.condition(kept.to(self.accelerator.device), self.detokenizer)

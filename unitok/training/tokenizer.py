@@ -22,12 +22,24 @@ from unitok.training.run import lr_factor as lr_factor  # beside `score`, for ca
 def train(recipe: TokenizerRecipe) -> Path:
     """Run the recipe, or go on where it stopped; returns the folder of the finished tokenizer.
 
-    KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written. ValueError where the recipe, the data or an
-    older checkpoint do not fit, or the loss is no longer finite.
+    Of no steps, the tokenizer as it is built. KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
+    ValueError where the recipe, the data or an older checkpoint do not fit, or the loss is no longer finite.
     """
+    if not recipe.steps:
+        return _write(recipe)
     if recipe.flush_denormal:
         torch.set_flush_denormal(True)  # before the first operation: worker threads inherit it
     return TokenizerRun(recipe).run()
+
+
+def _write(recipe: TokenizerRecipe) -> Path:
+    out = Path(recipe.out)
+    if (out / "training").exists():
+        raise ValueError(f"{out} holds a trained tokenizer: choose another out for one of no steps")
+    torch.manual_seed(recipe.seed)
+    build(recipe).eval().save_pretrained(out)
+    print(f"tokenizer written to {out}", flush=True)
+    return out
 
 
 class TokenizerRun(TrainingRun):
@@ -121,7 +133,9 @@ def build(recipe: TokenizerRecipe) -> ImageTokenizer:
     cls, arguments = tokenizers.get(recipe.tokenizer.name), recipe.tokenizer.arguments
     check_arguments(f"tokenizer {recipe.tokenizer.name!r}", arguments, constructor_arguments(cls))
     tokenizer = cls(**arguments)
-    if recipe.stage not in tokenizer.stages:
+    if recipe.steps and not tokenizer.stages:
+        raise ValueError(f"tokenizer {recipe.tokenizer.name!r} has nothing to train: give steps 0, which writes it")
+    if recipe.steps and recipe.stage not in tokenizer.stages:
         raise ValueError(
             f"tokenizer {recipe.tokenizer.name!r} has no stage {recipe.stage!r}; it has {', '.join(tokenizer.stages)}"
         )
@@ -153,4 +167,5 @@ def score(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> tuple[d
     for book, use in enumerate(map(CodebookUse.of, counts)):
         suffix = f"/codebook={book}" if len(counts) > 1 else ""
         scores |= {f"codes_used{suffix}": use.share, f"perplexity{suffix}": use.perplexity}
-    return scores, collapse_warning(counts)
+    # of words few are ever needed
+    return scores, collapse_warning(counts) if tokenizer.vocabulary == "codes" else None
