@@ -167,3 +167,23 @@ def test_what_cannot_be_is_said(folder):
     detokenizer = TextToImageDetokenizer(components=TINY)
     with pytest.raises(ValueError, match="takes texts; the condition has codes"):
         detokenizer.generate(Condition(codes=torch.zeros(1, 4, dtype=torch.int64)), seeds=[0])
+
+
+def test_a_text_encoder_from_a_folder_stays_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    given = new_text_to_image(TINY)
+    for part, name in ((given.text_encoder, "clip"), (given.tokenizer, "clip")):
+        part.save_pretrained(tmp_path / name)
+    components = {**TINY, "text_encoder": str(tmp_path / "clip")}
+    detokenizer = TextToImageDetokenizer(components=components, steps=2).eval()
+    assert trained_parts(detokenizer) == {"unet"}
+    move(detokenizer)
+    detokenizer.save_pretrained(tmp_path / "kept")
+    assert not any("text_encoder" in name for name in detokenizer.own_state())
+    expected = detokenizer.generate(CONDITION, seeds=[1, 2])
+    assert torch.equal(load_detokenizer(tmp_path / "kept").generate(CONDITION, seeds=[1, 2]), expected)
+    whole = TextToImageDetokenizer(str(tmp_path / "kept" / PIPELINE), steps=2).eval()
+    assert torch.allclose(whole.generate(CONDITION, seeds=[1, 2]), expected, atol=1e-6)
+    new_text_to_image(TINY).text_encoder.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="its pipeline.text_encoder is not the one it was made with"):
+        load_detokenizer(tmp_path / "kept")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from unitok import checkpoint
+from unitok.config import load_recipe
 from unitok.data.scenes import BASE, all_captions, random_scene
 from unitok.nn.text_to_image import (
     TINY,
@@ -22,9 +23,10 @@ from unitok.nn.text_to_image import (
     open_text_to_image,
     word_tokenizer,
 )
-from unitok.nn.words import files_of
+from unitok.nn.words import allowed_tokens, files_of
+from unitok.training.clip import text_tokenizer
 
-RECIPE = Path(__file__).parents[2] / "training" / "scenes_generator.yaml"
+ROOT = Path(__file__).parents[2]
 TEXTS = ["a red circle", "a blue square", ""]
 VAE = {"block_out_channels": [8, 8], "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 2,
        "up_block_types": ["UpDecoderBlock2D"] * 2, "scaling_factor": 0.7}  # fmt: skip
@@ -336,10 +338,45 @@ def test_files_of_a_tokenizer_do_not_tell_of_its_use(tmp_path):
     assert again("red é").input_ids == tokenizer("red é").input_ids and files_of(again) == before
 
 
-def test_the_recipe_of_scenes_has_every_word_of_its_captions_and_room_for_them():
-    tokenizer = word_tokenizer(**yaml.safe_load(RECIPE.read_text())["detokenizer"]["components"]["tokenizer"])
+def test_every_word_of_the_small_recipes_captions_is_one_word_of_its_text_encoder():
+    """The generator's text encoder is that of the small CLIP, the words De-Diffusion chooses from are its captions'."""
+    words = text_tokenizer(load_recipe(ROOT / "training" / "scene_clip.yaml").text_tokenizer)
     rng = np.random.default_rng(0)
     captions = sorted({text for _ in range(200) for text in all_captions(random_scene(rng, BASE))})
-    ids = tokenizer(captions).input_ids
-    assert [len(row) - 2 for row in ids] == [len(text.split()) for text in captions]
-    assert max(map(len, ids)) <= tokenizer.model_max_length
+    for name in ("scenes_dediffusion", "scenes_dediffusion_scratch"):
+        chosen = load_recipe(ROOT / "tokenizers" / f"{name}.yaml").tokenizer.arguments["words"]
+        assert set(chosen) == {word for text in captions for word in text.split()}
+        assert allowed_tokens(words, len(words), "word_final", chosen).sum() == len(chosen)
+
+
+# ---- a text encoder that was trained
+
+
+@pytest.fixture
+def clip(tmp_path):
+    words = word_tokenizer(TINY["tokenizer"]["words"], 8)
+    text = {**TINY["text_encoder"], "vocab_size": len(words), "max_position_embeddings": 8,
+            "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config={**TINY["text_encoder"], "image_size": 8, "patch_size": 4})
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    words.save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_a_new_pipeline_takes_the_text_half_of_a_clip(clip, tmp_path):
+    pipeline = new_text_to_image({**TINY, "text_encoder": str(clip)}).eval()
+    ids = pipeline.ids(TEXTS)
+    whole = CLIPModel.from_pretrained(clip).eval()
+    assert torch.equal(pipeline.encode(ids), whole.text_model(ids).last_hidden_state)
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read|no file named"):
+        new_text_to_image({**TINY, "text_encoder": str(clip)})
+
+
+@pytest.mark.parametrize(("shift", "mean"), [(1.0, 0.5), (3.0, 3 * (0.5 - math.log(3) / 4))])
+def test_levels_are_drawn_as_the_shift_says(shift, mean):
+    pipeline = new_text_to_image(TINY)
+    torch.manual_seed(0)
+    levels = pipeline.draw_levels(100_000, shift)
+    assert levels.dtype == torch.int64 and levels.min() == 0 and levels.max() == pipeline.process.timesteps - 1
+    assert abs(levels.float().mean() / pipeline.process.timesteps - mean) < 0.004

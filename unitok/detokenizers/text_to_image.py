@@ -30,13 +30,14 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         pipeline: folder or Hub id, as `open_text_to_image` takes it. None: a new one, by `components`.
         revision: commit of a Hub id, which must be given.
         trained: train U-Net and text encoder of a named pipeline and keep them in the folder; else they stay frozen,
-            by name. Those of a new one are trained.
+            by name. Those of a new one are trained, except a text encoder that is taken from a folder.
         components: without a pipeline, what `new_text_to_image` takes.
         steps: of sampling.
         guidance: the scale to use unless told otherwise; for callers, who pass it to `generate`.
         drop: probability of the empty text in training.
         min_snr: weigh levels in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the
             same.
+        shift: above 1, noisy levels are drawn more often in training: see `TextToImage.draw_levels`.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         pipeline: str | None = None,
         revision: str | None = None,
         trained: bool = False,
-        components: Mapping[str, Mapping[str, Any]] | None = None,
+        components: Mapping[str, Any] | None = None,
         steps: int = 50,
         guidance: float = 3.0,
         drop: float = 0.1,
         min_snr: float | None = None,
+        shift: float = 1.0,
     ):
         super().__init__()
         if pipeline is not None and components is None:
@@ -61,13 +63,17 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
             raise ValueError(f"min_snr must be above 0, got {min_snr}")
         self.pipeline.process.grid(steps)
         self.named, self.trained = pipeline is not None, trained or pipeline is None
-        self.steps, self.guidance, self.drop, self.min_snr = steps, guidance, drop, min_snr
+        if not shift > 0:
+            raise ValueError(f"shift must be above 0, got {shift}")
+        self.steps, self.guidance, self.drop, self.min_snr, self.shift = steps, guidance, drop, min_snr, shift
         if not self.trained:
             self.freeze("pipeline")
-        elif self.named and self.pipeline.vae is not None:
-            self.freeze("pipeline.vae")
-        elif self.pipeline.vae is not None:
-            self.pipeline.vae.requires_grad_(False)
+        else:
+            taken = isinstance((components or {}).get("text_encoder"), str)
+            kept = {"pipeline.vae": self.named and self.pipeline.vae is not None, "pipeline.text_encoder": taken}
+            self.freeze(*(name for name, holds in kept.items() if holds))
+            if self.pipeline.vae is not None:
+                self.pipeline.vae.requires_grad_(False)
         self.takes = frozenset({"texts"})
         self.image_size = self.pipeline.image_size
 
@@ -114,7 +120,7 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         assert condition.texts is not None
         dropped = (torch.rand(len(images)) < self.drop).tolist()
         texts = ["" if drop else text for text, drop in zip(condition.texts, dropped, strict=True)]
-        each = self.pipeline.denoising_loss(images, self._states(texts), min_snr=self.min_snr)
+        each = self.pipeline.denoising_loss(images, self._states(texts), min_snr=self.min_snr, shift=self.shift)
         return each.mean(), {}
 
     @classmethod

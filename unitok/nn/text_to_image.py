@@ -152,6 +152,15 @@ class TextToImage(nn.Module):
         own = self.unet.dtype
         return self.unet(x.to(own), t, encoder_hidden_states=states.to(own)).sample.to(x.dtype)[:, : x.shape[1]]
 
+    def draw_levels(self, count: int, shift: float = 1.0) -> Tensor:
+        """int64 [count] of torch's global generator, noisy ones more often the higher the shift; 1: all alike.
+
+        A share u of the levels becomes shift u / (1 + (shift - 1) u) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+        """
+        share = torch.rand(count, device=self.device)
+        share = shift * share / (1 + (shift - 1) * share)
+        return (share * self.process.timesteps).long().clamp(max=self.process.timesteps - 1)
+
     def denoising_loss(
         self,
         images: Tensor,
@@ -159,6 +168,7 @@ class TextToImage(nn.Module):
         t: Tensor | None = None,
         noise: Tensor | None = None,
         min_snr: float | None = None,
+        shift: float = 1.0,
     ) -> Tensor:
         """float [B]: mean squared error of what the U-Net predicts, told of the states.
 
@@ -168,10 +178,11 @@ class TextToImage(nn.Module):
             t, noise: levels int64 [B] and noise [B, C, h, w], to compare texts by; else drawn from torch's global
                 generator.
             min_snr: weigh levels as `Process.min_snr_weight`; None: all the same.
+            shift: how levels are drawn, as in `draw_levels`.
         """
         x0 = to_latents(self.vae, images)
         if t is None:
-            t = torch.randint(self.process.timesteps, (len(x0),), device=x0.device)
+            t = self.draw_levels(len(x0), shift)
         if noise is None:
             noise = torch.randn_like(x0)
         said = self.say(self.process.noised(x0, t, noise), t, states)
@@ -276,22 +287,45 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def new_text_to_image(components: Mapping[str, Mapping[str, Any]]) -> TextToImage:
+def new_text_to_image(components: Mapping[str, Any]) -> TextToImage:
     """An untrained pipeline with a CLIP text encoder; weights are drawn from torch's global generator.
 
     Args:
         components: arguments of `word_tokenizer` by "tokenizer", and of transformers' and diffusers' classes by
-            "text_encoder", "unet", "scheduler" (DDIM) and, for diffusion in latents, "vae" (AutoencoderKL).
+            "text_encoder", "unet", "scheduler" (DDIM) and, for diffusion in latents, "vae" (AutoencoderKL). Or by
+            "text_encoder" the folder of a trained CLIP, whose text half and tokenizer are taken, and no "tokenizer".
     """
-    if lacking := [name for name in TINY if name not in components]:
+    given = components.get("text_encoder")
+    if lacking := [
+        name for name in TINY if name not in components and not (name == "tokenizer" and isinstance(given, str))
+    ]:
         raise ValueError(f"components: {' and '.join(lacking)} must be given too")
-    words = word_tokenizer(**components["tokenizer"])
-    sizes = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length}
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    encoder = CLIPTextModel(CLIPTextConfig(**{**sizes, **special, **components["text_encoder"]}))
+    encoder: Any
+    if isinstance(given, str):
+        words, encoder = AutoTokenizer.from_pretrained(checkpoint.open_folder(given)), open_text_encoder(given)
+    else:
+        words = word_tokenizer(**components["tokenizer"])
+        sizes = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length}
+        special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        encoder = CLIPTextModel(CLIPTextConfig(**{**sizes, **special, **components["text_encoder"]}))
     unet: Any = diffusers.UNet2DConditionModel(**components["unet"])
     vae = diffusers.AutoencoderKL(**components["vae"]) if "vae" in components else None
     return TextToImage(words, encoder, unet, diffusers.DDIMScheduler(**components["scheduler"]), vae)
+
+
+def open_text_encoder(source: str) -> Any:
+    """The text half of a CLIP's folder."""
+    try:
+        with checkpoint.quiet():
+            found: Any = CLIPTextModel.from_pretrained(
+                checkpoint.open_folder(source), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except OSError as error:
+        raise ValueError(f"{source}: no CLIP can be read from it ({str(error).splitlines()[0]})") from error
+    encoder, told = found
+    if told["missing_keys"]:
+        raise ValueError(f"{source}: no text encoder of a CLIP: {min(told['missing_keys'])} is missing")
+    return encoder
 
 
 def word_tokenizer(words: Sequence[str], length: int) -> Any:
