@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from unitok import checkpoint
 from unitok.detokenizers.base import Condition, load_detokenizer
 from unitok.detokenizers.diffusion import DiffusionDetokenizer
+from unitok.nn.latents import to_images, to_latents
 
 SMALL = {"image_size": 16, "width": 32, "depth": 1, "heads": 2, "timesteps": 100, "steps": 4}
 CODES = {"codebook_sizes": [16], "grid": [2, 2]}
@@ -462,9 +463,9 @@ def test_latents_of_a_real_vae(taef2):
     pictures = [np.asarray(Image.open(name).convert("RGB").resize((128, 128))) for name in names]
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        latents = detokenizer._encode(images)
+        latents = to_latents(detokenizer.vae, images)
         assert latents.shape == (4, 32, 16, 16) == (4, *detokenizer.shape)
-        error = (detokenizer._decode(latents) - images).square().mean((1, 2, 3))
+        error = (to_images(detokenizer.vae, latents) - images).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 20
     condition = Condition(codes=torch.randint(16, (4, 64)), grid=(8, 8))
     loss, _ = detokenizer.train().loss(images, condition, 0)
