@@ -6,7 +6,7 @@
 Gate      denoising loss of both generators under the true captions, beside those of other pictures and empty ones
 Guidance  captions drawn at scales of 1 to 8, read by the judge: readable, exact, shape and colour
 Texts     those that a tokenizer writes of pictures, drawn by the generator, by the second one, which it never met, and
-          by an untrained one: shape and colour of the picture, beside drawings of other pictures' texts; true captions
+          by untrained ones: shape and colour of the picture, beside drawings of other pictures' texts; true captions
           through the same generators
 Losses    denoising loss under a tokenizer's words, beside those of other pictures, empty and true captions
 
@@ -49,7 +49,8 @@ from unitok.tokenizers.dediffusion import DeDiffusionTokenizer
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 BATCH = 50
 SHOWN = 6  # texts that are printed
-UNTRAINED = 1  # seed of the untrained generator's weights
+UNTRAINED = range(1, 6)  # seeds of untrained generators: guided, each tints its noise by the text in a way of its own
+UNTRAINED_STEPS = 5  # noise is what comes of any
 
 
 def main() -> None:
@@ -151,24 +152,26 @@ class Bench:
                 score = scores[f"t2i_{what}"]
                 say(f"guidance_{scale:g}_{what}", score.value, score.baselines.get("shuffled_captions"), "share",
                     score.n, interval_of_ours=rounded(score.interval))  # fmt: skip
-            self._things(f"guidance_{scale:g}", drawings, rows.claims)
+            self._things(f"guidance_{scale:g}", rows.claims, drawings)
 
     def texts(self) -> None:
         rows, first = self.test, self.generators["first"]
         components = first.config.get("components")
-        untrained = {}
-        if components:
-            torch.manual_seed(UNTRAINED)
-            untrained = {"untrained": TextToImageDetokenizer(**first.config).eval()}
-        self._things("texts_pictures_themselves", judge.draw(rows.images(first.image_size)), rows.claims)
+        untrained = []
+        for seed in UNTRAINED if components else ():
+            torch.manual_seed(seed)
+            untrained.append(TextToImageDetokenizer(**{**first.config, "steps": UNTRAINED_STEPS}).eval())
+        arms = {**{name: [generator] for name, generator in self.generators.items()}, "untrained": untrained}
+        self._things("texts_pictures_themselves", rows.claims, judge.draw(rows.images(first.image_size)))
         sources = {"captions": rows.captions, **{name: self._written(name)[1] for name in self.tokenizers}}
         for source, texts in sources.items():
             print(json.dumps({"name": f"texts_{source}", "texts": texts[:SHOWN], "n": len(set(texts))}), flush=True)
             shown = [rows.images(first.image_size)[:16]]
-            for name, generator in {**self.generators, **untrained}.items():
-                made = draw(generator, texts, rows.ids, self.arguments.scale)
-                self._things(f"texts_{source}_{name}", judge.draw(made), rows.claims)
-                shown.append(made[:16])
+            for name, generators in arms.items():
+                made = [draw(generator, texts, rows.ids, self.arguments.scale) for generator in generators]
+                if made:
+                    self._things(f"texts_{source}_{name}", rows.claims, *map(judge.draw, made))
+                    shown.append(made[0][:16])
             if self.arguments.sheet:
                 sheet(shown, self.arguments.sheet.with_stem(f"{self.arguments.sheet.stem}_{Path(source).name}"))
 
@@ -197,13 +200,20 @@ class Bench:
             codes.append(tokenizer.encode(some))
         return torch.cat(codes), tokenizer.to_text(torch.cat(codes))
 
-    def _things(self, name: str, drawings: Sequence[judge.Drawing], claims: Sequence[Claim]) -> None:
-        """Shape and colour of the claims in drawings of their own texts and, beside, of other rows' texts."""
-        other = others(len(drawings))
-        for what, scenes in (("things", map(readable, drawings)), ("things_best", (d.scene for d in drawings))):
-            read = list(scenes)
-            ours = [things_kept(claim, scene) for claim, scene in zip(claims, read, strict=True)]
-            peer = [things_kept(claim, read[i]) for claim, i in zip(claims, other, strict=True)]
+    def _things(self, name: str, claims: Sequence[Claim], *drawn: Sequence[judge.Drawing]) -> None:
+        """Shape and colour of the claims in drawings of their own texts and, beside, of other rows' texts; of several
+        generators the mean, row by row."""
+        other = others(len(claims))
+
+        def kept(reads: Sequence[Scene | None], rows: Sequence[int]) -> list[float]:
+            return [things_kept(claim, reads[i]) for claim, i in zip(claims, rows, strict=True)]
+
+        for what, of in (("things", readable), ("things_best", lambda drawing: drawing.scene)):
+            reads = [[of(drawing) for drawing in drawings] for drawings in drawn]
+            ours, peer = (
+                [mean(row) for row in zip(*(kept(read, rows) for read in reads), strict=True)]
+                for rows in (range(len(claims)), other)
+            )
             difference, interval = paired_difference(peer, ours)
             say(f"{name}_{what}", mean(ours), mean(peer), "share", len(ours), difference=round(difference, 4),
                 interval=rounded(interval))  # fmt: skip
