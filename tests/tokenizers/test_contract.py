@@ -338,5 +338,13 @@ def test_what_a_tokenizer_lacks_is_named(call):
 
     with pytest.raises(NotImplementedError, match=rf"Bare does not define {call.partition('(')[0]}\(\)"):
         eval(f"bare.{call}", {"bare": Bare(), "torch": torch})
-    with pytest.raises(NotImplementedError, match="Bare has no decode.* detokenizer"):
-        Bare().decode(torch.zeros(1, 4))
+
+    class Undecoded(Bare):
+        image_size, tokens, codebook_sizes = 8, 4, (2,)
+
+    with pytest.raises(NotImplementedError, match="Undecoded has no decode.* detokenizer"):
+        Undecoded().decode(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="code out of range: 2"):  # before it says what else is missing
+        Undecoded().decode(torch.full((1, 4), 2))
+    with pytest.raises(ValueError, match="image height and width must be 8, got 8 x 16"):
+        Undecoded().grid(8, 16)

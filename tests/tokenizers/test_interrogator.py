@@ -68,7 +68,7 @@ def words_of(words):
         attention = made.clip.text_model.encoder.layers[0].self_attn
         attention.v_proj.weight.data = attention.out_proj.weight.data = torch.eye(2 * size)
         made.clip.text_projection.weight.data = torch.eye(size, 2 * size)
-        made._take_phrases(WORDS)
+        made._phrases = list(WORDS)
         made.phrase_vectors = made.text_vectors(WORDS)
         return made.eval()
 

@@ -45,6 +45,7 @@ class ImageTokenizer(Pretrained):
     exact: tuple[str, ...] | None = None  # what stays in float32 where the rest is bfloat16: modules that choose codes
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
     stride: int  # pixels a position and side, of a fully convolutional one
+    tokens: int | None = None  # N of one that takes pictures of image_size alone, whose tokens have no rows and columns
     provenance: Mapping[str, Any] = MappingProxyType({})  # where converted weights came from; only informs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -56,11 +57,16 @@ class ImageTokenizer(Pretrained):
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """The grid of an image of height x width pixels (default: image_size). ValueError for an impossible size.
 
-        A fully convolutional tokenizer has one position a `stride`; others define their own.
+        A fully convolutional tokenizer has one position a `stride`, one of `tokens` these; others define their own.
         """
-        if not self.fully_convolutional:
+        if not self.fully_convolutional and self.tokens is None:
             raise lacking(self, "grid")
         height, width = (self.image_size if n is None else n for n in (height, width))
+        if not self.fully_convolutional:
+            assert self.tokens is not None
+            if (height, width) != (self.image_size, self.image_size):
+                raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
+            return (self.tokens,)
         if min(height, width) < self.stride or height % self.stride or width % self.stride:
             raise ValueError(
                 f"image height and width must be positive multiples of {self.stride}, got {height} x {width}"
@@ -80,7 +86,11 @@ class ImageTokenizer(Pretrained):
         raise lacking(self, "encode")
 
     def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        """int64 [B, N] -> float [B, 3, H, W] in [0, 1]; deterministic in eval mode."""
+        """int64 [B, N] -> float [B, 3, H, W] in [0, 1]; deterministic in eval mode.
+
+        NotImplementedError where codes need a detokenizer.
+        """
+        self.check_codes(codes, grid)
         raise NotImplementedError(f"{type(self).__name__} has no decode(): its codes need a detokenizer")
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:

@@ -147,17 +147,8 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
             self.record(backbone=vision.config, backbone_revision=None)
         return vision
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
-        return (self.tokens,)
-
     def encode(self, images: Tensor) -> Tensor:
         return self.logits(images).argmax(-1)  # [B, N]
-
-    def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        return super().decode(codes, grid)  # checks the codes, then says that a detokenizer is needed
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return F.embedding(codes, self.head.weight)  # [B, N, C]; the text encoder's own table may not be here

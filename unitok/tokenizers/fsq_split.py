@@ -62,6 +62,7 @@ class SplitFSQTokenizer(ImageTokenizer):
                 raise ValueError(f"{name} must be integers of 3 or more with at most 2**16 codes, got {tuple(given)}")
         self.image_size, self.resize, self.edge_weight = image_size, resize, edge_weight
         self.smoothness, self.colour_smoothness = smoothness, colour_smoothness
+        self.tokens = (image_size // 4) ** 2 + (image_size // 8) ** 2
         self.codebook_sizes = (math.prod(levels), math.prod(colour_levels))
         half, a, b = width // 2, len(levels), len(colour_levels)
 
@@ -71,11 +72,6 @@ class SplitFSQTokenizer(ImageTokenizer):
         self.structure_decoder = _decoder(a, width, 1)
         self.colour_up = nn.ConvTranspose2d(b, half, 4, 2, 1)
         self.decoder = _decoder(a + half, width, 3)
-
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int]:
-        if (height or self.image_size, width or self.image_size) != (self.image_size, self.image_size):
-            raise ValueError(f"expected height and width of {self.image_size} pixels, got {height} x {width}")
-        return ((self.image_size // 4) ** 2 + (self.image_size // 8) ** 2,)
 
     def token_codebook(self, grid: tuple[int, ...] | None = None) -> Tensor:
         self.check_grid(grid)

@@ -105,29 +105,17 @@ class InterrogatorTokenizer(Frozen, ImageTokenizer):
         self._phrases: list[str] = []
         self._words: Any = None
         self._word_files: dict[str, bytes] = {}
-        self._start: list[int] = []
         self.register_buffer("phrase_vectors", torch.empty(0, self.clip.config.projection_dim))
         if text_tokenizer or (folder and (folder / "tokenizer_config.json").is_file()):
             words = _open_words(checkpoint.open_folder(text_tokenizer) if text_tokenizer else folder)
             self._take_words(words, files_of(words))
         self.codebook_sizes = (self.clip.config.text_config.vocab_size,)
         if phrases:
-            self._take_phrases(_read_phrases([phrases] if isinstance(phrases, str) else phrases))
+            self._phrases = _read_phrases([phrases] if isinstance(phrases, str) else phrases)
             self.phrase_vectors = self.text_vectors(self._phrases)
         copied = {} if frozen[:1] == ["clip"] else {"clip": _plain(self.clip.config), "copy_clip": True}
         mean, std = self._statistics["clip"]
         self.record(**copied, text_tokenizer=None, phrases=None, mean=mean, std=std)
-
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
-        return (self.tokens,)
-
-    @property
-    def tokens(self) -> int:
-        """N: what CLIP reads of a text beside its start and end."""
-        return self.clip.config.text_config.max_position_embeddings - len(self._start) - 1
 
     def encode(self, images: Tensor) -> Tensor:
         if not self._phrases and self.captioner is None:
@@ -139,9 +127,6 @@ class InterrogatorTokenizer(Frozen, ImageTokenizer):
             best, _ = max(self.chain(vector, start), key=lambda step: step[1])
             rows.append(self._ids([best])[0])
         return torch.tensor([row + [self._end] * (self.tokens - len(row)) for row in rows], device=images.device)
-
-    def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        return super().decode(codes, grid)  # checks the codes, then says that a detokenizer is needed
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """CLIP's embedding of the text, a unit vector: [B, 1, D]."""
@@ -241,11 +226,9 @@ class InterrogatorTokenizer(Frozen, ImageTokenizer):
         """The text tokenizer; what CLIP's text model has before and behind a text."""
         self._words, self._word_files = words, files
         self._start = [words.bos_token_id] if words("a")["input_ids"][:1] == [words.bos_token_id] else []
+        self.tokens = self.clip.config.text_config.max_position_embeddings - len(self._start) - 1  # beside its end
         end = self.clip.config.text_config.eos_token_id
         self._end = words.eos_token_id if end == OLD_END else end
-
-    def _take_phrases(self, phrases: Sequence[str]) -> None:
-        self._phrases = list(phrases)
 
     # ---- the folder
 
@@ -256,7 +239,7 @@ class InterrogatorTokenizer(Frozen, ImageTokenizer):
         super().load_assets(folder)
         files = {name: content for name, content in read_files(folder).items() if name not in (FILE, PHRASES)}
         self._take_words(_open_words(folder), files)
-        self._take_phrases(_read_phrases([folder / PHRASES]))
+        self._phrases = _read_phrases([folder / PHRASES])
         self.phrase_vectors = torch.empty(len(self._phrases), self.clip.config.projection_dim)
 
     @classmethod

@@ -182,20 +182,11 @@ class SeedTokenizer(ImageTokenizer):
         self.record(mean=mean, std=std)
         return frozen
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
-        return (self.tokens,)
-
     def encode(self, images: Tensor) -> Tensor:
         return self.quantize.encode(self.encode_task_layer(self.queries(images)[0])).squeeze(-1)  # [B, N]
 
     def embed(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return self.image_embedding(self.quantize.vectors(codes.unsqueeze(-1))).unsqueeze(1)  # [B, 1, D]
-
-    def decode(self, codes: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        return super().decode(codes, grid)  # checks the codes, then says that a detokenizer is needed
 
     # ---- the parts
 

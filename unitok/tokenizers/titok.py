@@ -108,12 +108,6 @@ class TiTokTokenizer(ImageTokenizer):
             adversary_adaptive,
         )  # fmt: skip
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        height, width = (self.image_size if n is None else n for n in (height, width))
-        if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
-        return (self.tokens,)
-
     def encode(self, images: Tensor) -> Tensor:
         return self.quantize.encode(self.encoder(images, self.latent_tokens)).squeeze(-1)  # [B, N]
 
