@@ -371,6 +371,10 @@ def test_a_new_pipeline_takes_the_text_half_of_a_clip(clip, tmp_path):
     ids = pipeline.ids(TEXTS)
     whole = CLIPModel.from_pretrained(clip).eval()
     assert torch.equal(pipeline.encode(ids), whole.text_model(ids).last_hidden_state)
+    torn = {name: value for name, value in whole.state_dict().items() if "text_model.encoder.layers.1" not in name}
+    checkpoint.save_weights(clip / "model.safetensors", torn)
+    with pytest.raises(ValueError, match=r"no text encoder of a CLIP: encoder\.layers\.1.* is missing"):
+        new_text_to_image({**TINY, "text_encoder": str(clip)})
     (clip / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be read|no file named"):
         new_text_to_image({**TINY, "text_encoder": str(clip)})

@@ -19,6 +19,7 @@ from unitok.nn.denoisers import Conditioner, DiT, Hints, Sana, UNet
 from unitok.nn.diffusion import ImportanceSampler, Predict, Process
 from unitok.nn.frozen import Frozen
 from unitok.nn.latents import open_vae, to_images, to_latents
+from unitok.nn.text_to_image import open_text_encoder
 
 BODIES = ("dit", "unet", "sana")
 
@@ -384,10 +385,10 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
 
 def open_text_model(source: str, revision: str | None = None) -> tuple[Any, Any]:
     """A CLIPTextModel and its tokenizer, from a folder or the Hub."""
-    from transformers import AutoTokenizer, CLIPTextModel
+    from transformers import AutoTokenizer
 
     folder = checkpoint.open_folder(source, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so that any will do
-    return CLIPTextModel.from_pretrained(folder), tokenizer
+    return open_text_encoder(folder), tokenizer

@@ -59,12 +59,11 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
             self.pipeline = new_text_to_image(components)
         else:
             raise ValueError("give the pipeline of a text-to-image model, or components to make a new one")
-        if min_snr is not None and not min_snr > 0:
-            raise ValueError(f"min_snr must be above 0, got {min_snr}")
+        for name, value in (("min_snr", min_snr), ("shift", shift)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         self.pipeline.process.grid(steps)
         self.named, self.trained = pipeline is not None, trained or pipeline is None
-        if not shift > 0:
-            raise ValueError(f"shift must be above 0, got {shift}")
         self.steps, self.guidance, self.drop, self.min_snr, self.shift = steps, guidance, drop, min_snr, shift
         if not self.trained:
             self.freeze("pipeline")
@@ -105,14 +104,13 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
     ) -> Tensor:
         """One seed an image -> float [B, 3, H, W] in [0, 1]."""
         assert condition.texts is not None
-        unwanted = [""] * len(seeds) if negative is None or negative.texts is None else negative.texts
-        return self.pipeline.draw(
-            self._states(condition.texts),
-            self._states(unwanted),
-            self.generators(seeds),
-            guidance,
-            self.steps if steps is None else steps,
-        )
+        states = self._states(condition.texts)
+        if negative is not None and negative.texts is not None:
+            unwanted = self._states(negative.texts)
+        else:
+            unwanted = self._states([""]).expand_as(states)
+        steps = self.steps if steps is None else steps
+        return self.pipeline.draw(states, unwanted, self.generators(seeds), guidance, steps)
 
     def loss(self, images: Tensor, condition: Condition, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The pipeline's own denoising loss. Levels, noise and dropping are drawn from torch's global generator."""

@@ -302,7 +302,8 @@ def new_text_to_image(components: Mapping[str, Any]) -> TextToImage:
         raise ValueError(f"components: {' and '.join(lacking)} must be given too")
     encoder: Any
     if isinstance(given, str):
-        words, encoder = AutoTokenizer.from_pretrained(checkpoint.open_folder(given)), open_text_encoder(given)
+        folder = checkpoint.open_folder(given)
+        words, encoder = AutoTokenizer.from_pretrained(folder), open_text_encoder(folder)
     else:
         words = word_tokenizer(**components["tokenizer"])
         sizes = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length}
@@ -313,18 +314,18 @@ def new_text_to_image(components: Mapping[str, Any]) -> TextToImage:
     return TextToImage(words, encoder, unet, diffusers.DDIMScheduler(**components["scheduler"]), vae)
 
 
-def open_text_encoder(source: str) -> Any:
-    """The text half of a CLIP's folder."""
+def open_text_encoder(folder: str | Path) -> Any:
+    """The text half of a CLIP's folder. ValueError where it is not all there."""
     try:
         with checkpoint.quiet():
             found: Any = CLIPTextModel.from_pretrained(
-                checkpoint.open_folder(source), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except OSError as error:
-        raise ValueError(f"{source}: no CLIP can be read from it ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{folder}: no CLIP can be read from it ({str(error).splitlines()[0]})") from error
     encoder, told = found
     if told["missing_keys"]:
-        raise ValueError(f"{source}: no text encoder of a CLIP: {min(told['missing_keys'])} is missing")
+        raise ValueError(f"{folder}: no text encoder of a CLIP: {min(told['missing_keys'])} is missing")
     return encoder
 
 
