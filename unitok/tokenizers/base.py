@@ -45,7 +45,7 @@ class ImageTokenizer(Pretrained):
     exact: tuple[str, ...] | None = None  # what stays in float32 where the rest is bfloat16: modules that choose codes
     fully_convolutional: bool = False  # True: any grid of positive height and width can be decoded
     stride: int  # pixels a position and side, of a fully convolutional one
-    tokens: int | None = None  # N of one that takes pictures of image_size alone, whose tokens have no rows and columns
+    tokens: int = 0  # N of one that takes pictures of image_size alone; 0: it has a grid of its own
     provenance: Mapping[str, Any] = MappingProxyType({})  # where converted weights came from; only informs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -59,11 +59,10 @@ class ImageTokenizer(Pretrained):
 
         A fully convolutional tokenizer has one position a `stride`, one of `tokens` these; others define their own.
         """
-        if not self.fully_convolutional and self.tokens is None:
+        if not self.fully_convolutional and not self.tokens:
             raise lacking(self, "grid")
         height, width = (self.image_size if n is None else n for n in (height, width))
         if not self.fully_convolutional:
-            assert self.tokens is not None
             if (height, width) != (self.image_size, self.image_size):
                 raise ValueError(f"image height and width must be {self.image_size}, got {height} x {width}")
             return (self.tokens,)
