@@ -134,5 +134,5 @@ def test_impossible_arguments_are_refused(arguments, message):
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="width of 16 pixels"):
+    with pytest.raises(ValueError, match="image height and width must be 16, got"):
         make().grid(32, 32)
