@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -378,12 +377,3 @@ def test_a_new_pipeline_takes_the_text_half_of_a_clip(clip, tmp_path):
     (clip / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be read|no file named"):
         new_text_to_image({**TINY, "text_encoder": str(clip)})
-
-
-@pytest.mark.parametrize(("shift", "mean"), [(1.0, 0.5), (3.0, 3 * (0.5 - math.log(3) / 4))])
-def test_levels_are_drawn_as_the_shift_says(shift, mean):
-    pipeline = new_text_to_image(TINY)
-    torch.manual_seed(0)
-    levels = pipeline.draw_levels(100_000, shift)
-    assert levels.dtype == torch.int64 and levels.min() == 0 and levels.max() == pipeline.process.timesteps - 1
-    assert abs(levels.float().mean() / pipeline.process.timesteps - mean) < 0.004

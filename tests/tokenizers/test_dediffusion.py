@@ -103,6 +103,17 @@ def test_the_gradient_points_to_other_words_and_not_to_forbidden_ones(pipeline_f
     assert (seen[0][..., ~tokenizer.allowed] == 0).all()
 
 
+def test_it_trains_on_levels_of_its_span_alone(pipeline_folder, images, monkeypatch):
+    tokenizer, seen = make(pipeline_folder, span=[0.5, 0.6]), []
+    pipeline = tokenizer.pipeline()
+    real = pipeline.say
+    monkeypatch.setattr(pipeline, "say", lambda x, t, states: seen.append(t) or real(x, t, states))
+    for step in range(5):
+        tokenizer.loss({"images": images}, step)
+    levels, timesteps = torch.cat(seen), pipeline.process.timesteps
+    assert levels.min() >= 0.5 * timesteps and levels.max() < 0.6 * timesteps and len(levels.unique()) > 3
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_frozen_tensors_are_bit_identical_after_training(pipeline_folder, tower_folder, images, trained):
     tokenizer = make(pipeline_folder, backbone=str(tower_folder), train_backbone=trained)
@@ -401,7 +412,7 @@ def test_a_backbone_is_kept_by_name_and_hash_or_copied(pipeline_folder, tower_fo
 def test_what_cannot_be_is_said(pipeline_folder):
     with pytest.raises(ValueError, match="cannot have pipeline = None"):
         DeDiffusionTokenizer(backbone={"model_type": "dinov2", **TOWER})
-    for name, value in (("vocab", "all"), ("temperature", (1.0,)), ("heads", 5), ("tokens", 0)):
+    for name, value in (("vocab", "all"), ("temperature", (1.0,)), ("heads", 5), ("tokens", 0), ("span", (0.9, 0.4))):
         with pytest.raises(ValueError, match="dediffusion cannot have"):
             make(pipeline_folder, **{name: value})
     with pytest.raises(ValueError, match="'purple' is not one token of the paper vocabulary"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from unitok.detokenizers.base import Condition, Detokenizer
+from unitok.nn.diffusion import LevelBalance, draw_levels
 from unitok.nn.frozen import Frozen
 from unitok.nn.text_to_image import TINY, new_text_to_image, open_text_to_image
 from unitok.nn.words import files_of
@@ -37,7 +38,8 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         drop: probability of the empty text in training.
         min_snr: weigh levels in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the
             same.
-        shift: above 1, noisy levels are drawn more often in training: see `TextToImage.draw_levels`.
+        shift: above 1, noisy levels are drawn more often in training: see `nn.diffusion.draw_levels`.
+        balance: divide the loss of a level by what is typical there; see `nn.diffusion.LevelBalance`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         drop: float = 0.1,
         min_snr: float | None = None,
         shift: float = 1.0,
+        balance: bool = False,
     ):
         super().__init__()
         if pipeline is not None and components is None:
@@ -73,6 +76,7 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
             self.freeze(*(name for name, holds in kept.items() if holds))
             if self.pipeline.vae is not None:
                 self.pipeline.vae.requires_grad_(False)
+        self.balance = LevelBalance() if balance else None
         self.takes = frozenset({"texts"})
         self.image_size = self.pipeline.image_size
 
@@ -118,8 +122,13 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         assert condition.texts is not None
         dropped = (torch.rand(len(images)) < self.drop).tolist()
         texts = ["" if drop else text for text, drop in zip(condition.texts, dropped, strict=True)]
-        each = self.pipeline.denoising_loss(images, self._states(texts), min_snr=self.min_snr, shift=self.shift)
-        return each.mean(), {}
+        timesteps = self.pipeline.process.timesteps
+        t = draw_levels(len(images), timesteps, self.shift, device=images.device)
+        each = self.pipeline.denoising_loss(images, self._states(texts), t, min_snr=self.min_snr)
+        parts = {"mse": each.detach().mean()}
+        if self.balance is not None:
+            each = self.balance(each, t, timesteps)
+        return each.mean(), parts
 
     @classmethod
     def tiny(cls) -> TextToImageDetokenizer:

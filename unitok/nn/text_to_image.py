@@ -152,15 +152,6 @@ class TextToImage(nn.Module):
         own = self.unet.dtype
         return self.unet(x.to(own), t, encoder_hidden_states=states.to(own)).sample.to(x.dtype)[:, : x.shape[1]]
 
-    def draw_levels(self, count: int, shift: float = 1.0) -> Tensor:
-        """int64 [count] of torch's global generator, noisy ones more often the higher the shift; 1: all alike.
-
-        A share u of the levels becomes shift u / (1 + (shift - 1) u) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
-        """
-        share = torch.rand(count, device=self.device)
-        share = shift * share / (1 + (shift - 1) * share)
-        return (share * self.process.timesteps).long().clamp(max=self.process.timesteps - 1)
-
     def denoising_loss(
         self,
         images: Tensor,
@@ -168,7 +159,6 @@ class TextToImage(nn.Module):
         t: Tensor | None = None,
         noise: Tensor | None = None,
         min_snr: float | None = None,
-        shift: float = 1.0,
     ) -> Tensor:
         """float [B]: mean squared error of what the U-Net predicts, told of the states.
 
@@ -178,11 +168,10 @@ class TextToImage(nn.Module):
             t, noise: levels int64 [B] and noise [B, C, h, w], to compare texts by; else drawn from torch's global
                 generator.
             min_snr: weigh levels as `Process.min_snr_weight`; None: all the same.
-            shift: how levels are drawn, as in `draw_levels`.
         """
         x0 = to_latents(self.vae, images)
         if t is None:
-            t = self.draw_levels(len(x0), shift)
+            t = diffusion.draw_levels(len(x0), self.process.timesteps, device=x0.device)
         if noise is None:
             noise = torch.randn_like(x0)
         said = self.say(self.process.noised(x0, t, noise), t, states)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from unitok import checkpoint
+from unitok.nn.diffusion import draw_levels
 from unitok.nn.frozen import FILE, Frozen
 from unitok.nn.text_to_image import TINY, TextToImage, new_text_to_image, open_text_to_image
 from unitok.nn.vision import FrozenVision, Vision, build_tower, open_tower, pixel_statistics, scaled
@@ -62,7 +63,9 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
             soft one. Not in the paper.
         min_snr: weight of a noise level, as in nn/diffusion.py; by default the plain mean squared error.
         shift: above 1, noisy levels are drawn more often in training, where texts decide most: see
-            `TextToImage.draw_levels`. Not in the paper.
+            `nn.diffusion.draw_levels`. Not in the paper.
+        span: the part of the levels that training draws from, 0 the clean and 1 the noisy end. At the noisy end only
+            what all of a picture has in common can be told, and that much louder: it drowns the rest. Not in the paper.
     """
 
     vocabulary = "text"
@@ -94,6 +97,7 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
         straight_through: bool = False,
         min_snr: float | None = None,
         shift: float = 1.0,
+        span: Sequence[float] = (0.0, 1.0),
         resize: str = "squash-bicubic",
     ):
         super().__init__()
@@ -106,12 +110,14 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
             ("temperature", temperature, len(temperature) == 2 and min(temperature) > 0),
             ("pipeline", pipeline, pipeline is not None or rows > 0),
             ("shift", shift, shift > 0),
+            ("span", span, len(span) == 2 and 0 <= span[0] < span[1] <= 1),
         ):
             if not fits:
                 raise ValueError(f"dediffusion cannot have {name} = {value}: see the arguments of its class")
         self.resize, self.tokens, self.vocab, self.words = resize, tokens, vocab, words
         self.temperature, self.anneal_steps = tuple(temperature), anneal_steps
-        self.straight_through, self.min_snr, self.shift = straight_through, min_snr, shift
+        self.straight_through, self.min_snr = straight_through, min_snr
+        self.shift, self.span = shift, tuple(span)
         self._pipeline_name, self._pipeline_hash = (pipeline, pipeline_revision), pipeline_hash
         self._pipelines: list[TextToImage] = []  # a list hides it from the module: no folder or optimiser holds it
         self._words: PreTrainedTokenizerBase | None = None
@@ -230,7 +236,7 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
         logits = self.logits(batch["images"]).float()  # [B, N, V]
         soft = F.gumbel_softmax(logits, tau=tau, hard=self.straight_through)
         codes, drawn = logits.detach().argmax(-1), soft.detach().argmax(-1)
-        t = pipeline.draw_levels(len(images), self.shift)
+        t = draw_levels(len(images), pipeline.process.timesteps, self.shift, self.span, images.device)
         noise = torch.randn(len(images), pipeline.unet.config.in_channels, pipeline.side, pipeline.side).to(images)
         losses = pipeline.denoising_loss(images, pipeline.encode(pipeline.frame(codes), soft), t, noise, self.min_snr)
         few = -(-len(images) // COMPARED)
