@@ -6,7 +6,7 @@
 Arms      the codes of the picture, those of another picture (shuffled), none (guidance 0), the tokenizer's own decoder:
           PSNR against the picture, and the share that the judge reads as the picture's whole scene
 Guidance  0, 1, 2, 4, 8: the judge, and diversity: the standard deviation of a pixel over four seeds
-Steps     the detokenizer with fewer steps, and distilled: the judge, and seconds a picture
+Steps     the detokenizer with fewer steps, and distilled: the judge, and how much faster (the two take turns)
 Inversion DDIM backwards, then forwards: the error after 20 to 1000 steps of each
 bfloat16  the judge, beside float32
 
@@ -19,10 +19,12 @@ import argparse
 import contextlib
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # a script's folder comes first on sys.path, and tokenizers.py in it stands for the library of that name
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
@@ -43,6 +45,7 @@ from unitok.training.run import psnr
 
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 BATCH = 64
+RUNS = 5  # of either side, where times are compared
 
 
 def main() -> None:
@@ -121,22 +124,27 @@ class Bench:
             self.say(f"guidance_{scale:g}", right, None, "share", n=4 * few, diversity=round(spread, 4))
 
     def steps(self) -> None:
-        full, seconds = self._timed(self.detokenizer)
-        self.say(f"steps_{self.detokenizer.steps}", full, full, "share", n=len(self.images), seconds=round(seconds, 1))
+        full = self.judged(self.draw(self.condition)).mean().item()
+        self.say(f"steps_{self.detokenizer.steps}", full, full, "share", n=len(self.images))
         fewer = [(f"undistilled_{count}", self.detokenizer, count) for count in (20, 8, 4)]
         students = [opened(folder) for folder in self.arguments.distilled]
         fewer += [(f"distilled_{student.steps}", student, student.steps) for student in students]
         for name, by, count in fewer:
-            right, mine = self._timed(by, count)
-            more = {"seconds": round(mine, 1), "faster": round(seconds / mine, 2)}
-            self.say(name, right, full, "share", n=len(self.images), **more)
+            right = self.judged(self.draw(self.condition, steps=count, by=by)).mean().item()
+            self.say(name, right, full, "share", n=len(self.images), **self._faster(by, count))
 
-    def _timed(self, by: DiffusionDetokenizer, steps: int | None = None) -> tuple[float, float]:
-        """(the share judged right, the seconds that drawing took)."""
-        begun = time.perf_counter()
-        drawn = self.draw(self.condition, steps=steps, by=by)
-        seconds = time.perf_counter() - begun
-        return self.judged(drawn).mean().item(), seconds
+    def _faster(self, by: DiffusionDetokenizer, count: int) -> dict[str, Any]:
+        """How often the time of `count` steps fits into that of all: the two take turns, and the median counts."""
+        some, ratios = self.condition.rows(slice(BATCH)), []
+
+        def seconds(drawer: DiffusionDetokenizer, steps: int | None) -> float:
+            begun = time.perf_counter()
+            self.draw(some, steps=steps, by=drawer)
+            return time.perf_counter() - begun
+
+        for _ in range(RUNS):
+            ratios.append(seconds(self.detokenizer, None) / seconds(by, count))
+        return {"faster": round(statistics.median(ratios), 2), "slowest": round(min(ratios), 2), "runs": RUNS}
 
     @torch.no_grad()
     def inversion(self) -> None:

@@ -4,8 +4,8 @@
     tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
-    base         full training of that model on them, in three steps, each on the model of the step before:
-                 training/scenes_base_words.yaml, training/scenes_base_lattice.yaml, training/scenes_base.yaml
+    base         full training of that model on them, in five steps, each on the model of the step before:
+                 training/scenes_base_words.yaml, _lattice.yaml, _free.yaml, _beside.yaml, training/scenes_base.yaml
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -31,7 +31,12 @@ from unitok.data.scene_files import vocabulary_text, write_scenes
 
 NAME = "scenes"  # builtin:scenes, and the image tokenizer's name in it
 EYES = 30_000
-DOCUMENTS = {"lattice": 20_000, "base": 60_000}  # training pictures by setting
+DOCUMENTS: dict[str, dict[str, Any]] = {  # how scenes are written, by folder; pictures: of training
+    "lattice": {"setting": "lattice", "pictures": 20_000, "texts": 20_000, "seed": 2},
+    "base": {"setting": "base", "pictures": 60_000, "texts": 20_000, "seed": 2},
+    "beside": {"setting": "beside", "pictures": 8_000, "ordered": 0.8, "seed": 3},
+    "ordered": {"setting": "base", "pictures": 24_000, "texts": 20_000, "ordered": 0.8, "seed": 4},
+}
 SCORED = 400  # validation pictures
 TEXT_ROWS = 460
 LLAMA: dict[str, Any] = {  # 1 M parameters; a width of 192 was worse at equal seconds, see benchmarks/NOTES.md
@@ -44,10 +49,10 @@ README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
 downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base_words.yaml`,
-`training/scenes_base_lattice.yaml` and `training/scenes_base.yaml`, each on the model of the one before. The base has
-seen pictures with captions and statements and read sentences, never a question, and never a held-out (shape, colour)
-pair; the tokenizer has seen pictures of every pair. `log.jsonl` is the log of the base's last step,
-`tokenizer_report.json` the tokenizer's.
+`training/scenes_base_lattice.yaml`, `training/scenes_base_free.yaml`, `training/scenes_base_beside.yaml` and
+`training/scenes_base.yaml`, each on the model of the one before. The base has seen pictures with captions and
+statements and read sentences, never a question, and never a held-out (shape, colour) pair; the tokenizer has seen
+pictures of every pair. `log.jsonl` is the log of the base's last step, `tokenizer_report.json` the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 
@@ -57,7 +62,7 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-RECIPES = ("training/scenes_base_words.yaml", "training/scenes_base_lattice.yaml", "training/scenes_base.yaml")
+RECIPES = tuple(f"training/scenes_base{step}.yaml" for step in ("_words", "_lattice", "_free", "_beside", ""))
 HERE = Path("out/weights")  # where the recipes have everything
 
 
@@ -112,13 +117,13 @@ def make_documents(out: Path) -> None:
     from unitok.data.shards import summary_line, tokenize
 
     write_scenes(out / "data", pictures={"validation": SCORED}, seed=1)
-    for setting, pictures in DOCUMENTS.items():
-        folder = out / "documents" / setting
-        write_scenes(folder, setting=setting, pictures={"train": pictures}, captions=2, texts=20_000, seed=2)
+    for folder, asked in DOCUMENTS.items():
+        pictures = {"train": asked["pictures"]}
+        write_scenes(out / "documents" / folder, **{**asked, "pictures": pictures}, captions=2)
     for shards in sorted({shards for recipe in map(_recipe, RECIPES) for shards in _shards(recipe, out)}):
-        setting, name = shards.parts[-2:]
-        summary = tokenize(out / "documents" / setting / f"{name}.jsonl", out / "tokenizer", shards, name=NAME)
-        print(f"{setting} {name}: {summary_line(summary)}")
+        folder, name = shards.parts[-2:]
+        summary = tokenize(out / "documents" / folder / f"{name}.jsonl", out / "tokenizer", shards, name=NAME)
+        print(f"{folder} {name}: {summary_line(summary)}")
 
 
 def make_base(out: Path) -> None:

@@ -88,7 +88,25 @@ def test_everything_occurs(name, setting):
     edge = int(np.ceil(radius("small"))) + 1
     for axis in ("x", "y"):
         where = {v for v in range(edge, 32 - edge + 1) if v % setting.step == 0}
+        if setting.beside:
+            where = {8, 16, 24}
         assert {getattr(t, axis) for t in things if t.size == "small"} == where
+
+
+def test_two_things_beside_each_other_stand_in_the_middles_of_halves():
+    for scene in draw(200, SETTINGS["beside"]):
+        places = {(t.x, t.y) for t in scene.things}
+        assert places in ({(8, 16), (24, 16)}, {(16, 8), (16, 24)})
+
+
+@pytest.mark.parametrize(("ordered", "related"), [(None, False), (0.8, False), (0.8, True), (1.0, True)])
+def test_captions_begin_with_the_left_or_upper_thing_as_often_as_asked(ordered, related):
+    rng = np.random.default_rng(0)
+    claims = [random_caption(scene, rng, ordered, related)[1] for scene in draw(3000, SETTINGS["beside"])]
+    said = [claim.relations[0] for claim in claims if claim.relations]
+    assert len(said) == len(claims) if related else len(said) / len(claims) == pytest.approx(2 / 3, abs=0.03)
+    share = np.mean([relation in ("left", "above") for relation in said])
+    assert share == pytest.approx(0.5 if ordered is None else ordered, abs=0.03)
 
 
 @pytest.mark.parametrize("image_size", [32, 48, 64])

@@ -1,6 +1,6 @@
 """Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
 
-    python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice] [--pictures N ...]
+    python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice|beside] [--pictures N ...]
     python -m unitok.data.scene_files OUT --readings
 
     images/SPLIT/*.png
@@ -81,18 +81,20 @@ def write_scenes(
     shots: int = 0,
     texts: int = 0,
     seed: int = 0,
+    ordered: float | None = None,
 ) -> Path:
     """Write the folder; nothing is done where it stands already, made by the same arguments.
 
     pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
     texts: sentences without pictures, and as many captions with what follows from them; where there are any, also the
-    statements and choices about the training pictures that a base model learns from.
+    statements and choices about the training pictures that a base model learns from; ordered: of the training captions,
+    see `random_caption`.
     Raises ValueError where `out` holds scenes made by other arguments.
     """
     out = Path(out)
     pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
     asked = {"setting": setting, "image_size": image_size, "pictures": pictures, "captions": captions, "shots": shots,
-             "texts": texts, "seed": seed}  # fmt: skip
+             "texts": texts, "seed": seed, "ordered": ordered}  # fmt: skip
     if (out / DONE).exists():
         made = read_json(out / DONE)
         for key, value in asked.items():
@@ -113,7 +115,8 @@ def write_scenes(
         if split == "eyes":
             _write(out / "eyes.jsonl", ({"image": name} for name in names))
         elif split == "train":
-            _write_training(out, scenes, names, rng, captions=captions, shots=shots, texts=texts, setting=drawn_as)
+            _write_training(out, scenes, names, rng, captions=captions, shots=shots, texts=texts, setting=drawn_as,
+                            ordered=ordered)  # fmt: skip
         else:
             _write_scored(out, split, scenes, names, rng)
     write_json(out / DONE, asked)
@@ -156,8 +159,14 @@ def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
         yield f"images/{split}/{i:06d}.png"
 
 
-def _write_training(out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting) -> None:
-    captioned = [(n, random_caption(s, rng)[0]) for s, n in zip(scenes, names, strict=True) for _ in range(captions)]
+def _write_training(
+    out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting, ordered: float | None
+) -> None:
+    captioned = [
+        (name, random_caption(scene, rng, ordered, related=setting.beside)[0])
+        for scene, name in zip(scenes, names, strict=True)
+        for _ in range(captions)
+    ]
     _write(out / "train_captions.jsonl", ({"image": name, "text": text} for name, text in captioned))
     for file, first in (("train_draw.jsonl", "text"), ("train_describe.jsonl", "image")):
         _write(out / file, (_ordered_row(name, text, first) for name, text in captioned))

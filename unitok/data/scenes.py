@@ -79,19 +79,22 @@ class Setting:
     """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things.
 
     step: centres stand on multiples of it, in pixels of the picture; 1 leaves them free.
+    beside: the two things of a picture stand left and right or above and below, each in the middle of its half.
     """
 
     counts: tuple[float, ...] = (0.5, 0.5)
     backgrounds: tuple[str, ...] = ("black", "white")
     image_size: int = REFERENCE_SIZE
     step: int = 1
+    beside: bool = False
 
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
 BASE = Setting(counts=(0.35, 0.65))
 LATTICE = Setting(counts=(0.35, 0.65), step=4)
-SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE}
+BESIDE = Setting(counts=(0.0, 1.0), beside=True)
+SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE, "beside": BESIDE}
 
 
 # ---------------------------------------------------------------- drawing
@@ -170,16 +173,24 @@ def random_scene(
             if len(set(chosen)) < count:
                 continue
         things: list[Thing] = []
-        for shape, colour in chosen:
+        places = _halves(rng, n) if setting.beside else [None] * count
+        for (shape, colour), place in zip(chosen, places, strict=True):
             size = ("small", "large")[int(rng.integers(2))]
             edge = int(np.ceil(radius(size, n))) + 1
             first, last = -(-edge // setting.step), (n - edge) // setting.step
-            x, y = (int(v) * setting.step for v in rng.integers(first, last + 1, 2))
+            x, y = place or (int(v) * setting.step for v in rng.integers(first, last + 1, 2))
             things.append(Thing(shape, colour, size, x, y))
         if all(_apart(a, b, n) for a, b in itertools.combinations(things, 2)) and all(
             relation(a, b) for a, b in itertools.pairwise(things)
         ):
             return Scene(tuple(things), setting.backgrounds[int(rng.integers(len(setting.backgrounds)))], n)
+
+
+def _halves(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
+    """The middles of the left and right half or of the upper and lower one, in a drawn order."""
+    near, middle, far = n // 4, n // 2, 3 * n // 4
+    both = [(near, middle), (far, middle)] if rng.random() < 0.5 else [(middle, near), (middle, far)]
+    return both if rng.random() < 0.5 else both[::-1]
 
 
 def _apart(a: Thing, b: Thing, n: int) -> bool:
@@ -268,10 +279,21 @@ def claims(scene: Scene) -> list[Claim]:
     return out
 
 
-def random_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
-    """A caption and what it claims; two things out of three times carry their relation."""
+def random_caption(
+    scene: Scene, rng: np.random.Generator, ordered: float | None = None, related: bool = False
+) -> tuple[str, Claim]:
+    """A caption and what it claims; two things out of three times carry their relation.
+
+    ordered: of captions with one relation the share that begins with the left or upper thing; None: as many as not.
+    related: two things always carry their relation.
+    """
     options = claims(scene)
+    if related:
+        options = [c for c in options if c.relations] or options
     weights = np.array([2.0 if c.relations or len(c.things) == 1 else 1.0 for c in options])
+    if ordered is not None:
+        shares = {"left": ordered, "above": ordered, "right": 1 - ordered, "below": 1 - ordered}
+        weights *= [2 * shares[c.relations[0]] if len(c.relations) == 1 else 1.0 for c in options]
     claim = options[int(rng.choice(len(options), p=weights / weights.sum()))]
     texts = phrasings(claim)
     return texts[int(rng.integers(len(texts)))], claim
