@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, FlowMa
 from diffusers.schedulers import scheduling_ddpm
 
 from unitok.nn import diffusion
-from unitok.nn.diffusion import ImportanceSampler, LevelBalance, Process, draw_levels
+from unitok.nn.diffusion import ImportanceSampler, Process, draw_levels
 
 MEAN, STD = 3.0, 0.4  # of the data: far from 0, where clipping would show
 VP = ("epsilon", "x0", "v")
@@ -380,30 +380,6 @@ def test_levels_are_drawn_as_the_shift_says(shift, mean):
 def test_levels_are_drawn_from_their_span():
     torch.manual_seed(0)
     assert draw_levels(10_000, 1000, 3.0, (0.4, 0.93)).unique().tolist() == list(range(400, 930))
-
-
-def test_balance_makes_every_level_as_loud_as_the_others_and_resumes():
-    balance, typical = LevelBalance(), torch.tensor([0.001, 0.04, 0.6])
-    torch.manual_seed(0)
-    for _ in range(400):
-        level = torch.randint(3, (32,))
-        losses = typical[level] * (0.5 + torch.rand(32))
-        out = balance(losses, level * 45, 100)
-    means = torch.stack([out[level == k].mean() for k in range(3)])
-    torch.testing.assert_close(means, torch.ones(3), atol=0.2, rtol=0)
-    other = LevelBalance().eval()
-    other.load_state_dict(balance.state_dict())
-    balance.eval()
-    assert torch.equal(balance(losses, level * 45, 100), other(losses, level * 45, 100))
-    assert torch.equal(
-        balance(losses, level * 45, 100), losses / balance.typical[level * 9]
-    )  # evaluation learns nothing
-
-
-def test_balance_passes_gradients_to_the_losses_alone():
-    losses = torch.ones(4, requires_grad=True)
-    LevelBalance()(losses, torch.zeros(4, dtype=torch.int64), 10).sum().backward()
-    torch.testing.assert_close(losses.grad, torch.ones(4))
 
 
 # ---- guidance and distillation

@@ -16,7 +16,7 @@ from unitok import checkpoint
 from unitok.detokenizers.base import Condition, Detokenizer
 from unitok.nn import diffusion
 from unitok.nn.denoisers import Conditioner, DiT, Hints, Sana, UNet
-from unitok.nn.diffusion import ImportanceSampler, LevelBalance, Predict, Process
+from unitok.nn.diffusion import ImportanceSampler, Predict, Process
 from unitok.nn.frozen import Frozen
 from unitok.nn.latents import open_vae, to_images, to_latents
 from unitok.nn.text_to_image import open_text_encoder
@@ -42,9 +42,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         timesteps: levels of noise T.
         learned_variance: predict the variance of ancestral steps as well: L_simple + 0.001 L_vlb.
         timestep_sampling: of the levels in training, "uniform" or "importance".
-        shift: of uniform ones: above 1, noisy levels are drawn more often; see `nn.diffusion.draw_levels`.
         min_snr: weigh them in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the same.
-        balance: divide the loss of a level by what is typical there; see `nn.diffusion.LevelBalance`.
         sampler: "ddim", "ddpm", or "flow", which flow alone can have; None: ddim or flow.
         steps: of sampling.
         guidance: the scale to use unless told otherwise; for callers, who pass it to `generate`.
@@ -78,9 +76,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         timesteps: int = 1000,
         learned_variance: bool = False,
         timestep_sampling: str = "uniform",
-        shift: float = 1.0,
         min_snr: float | None = None,
-        balance: bool = False,
         sampler: str | None = None,
         steps: int = 50,
         guidance: float = 1.0,
@@ -101,7 +97,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         super().__init__()
         self.process = Process(prediction, schedule, timesteps)
         sampler = sampler or ("flow" if prediction == "flow" else "ddim")
-        self.learned_variance, self.shift, self.min_snr = learned_variance, shift, min_snr
+        self.learned_variance, self.min_snr = learned_variance, min_snr
         self._check_choices(body, sampler, timestep_sampling, codes_as, vectors_as, guidance_interval, drop)
         self._check_codes(codebook_sizes, grid, codes_as)
         self.process.grid(steps)
@@ -143,7 +139,6 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
                 c.has_context,
             )  # fmt: skip
         self.importance = ImportanceSampler(timesteps) if timestep_sampling == "importance" else None
-        self.balance = LevelBalance() if balance else None
 
     def _check_choices(
         self,
@@ -169,9 +164,8 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             raise ValueError(f"guidance_interval must be two rising numbers of 0 to 1, got {list(interval)}")
         if self.learned_variance and self.process.prediction == "flow":
             raise ValueError("flow has no variance to learn: its samplers draw no noise")
-        for name, weight in (("min_snr", self.min_snr), ("shift", self.shift)):
-            if weight is not None and not weight > 0:
-                raise ValueError(f"{name} must be above 0, got {weight}")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr must be above 0, got {self.min_snr}")
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be 0 or more and below 1, got {drop}")
 
@@ -330,7 +324,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         x0, count, device = to_latents(self.vae, images), len(images), images.device
         weights: Tensor | float
         if self.importance is None:
-            t, weights = diffusion.draw_levels(count, self.process.timesteps, self.shift, device=device), 1.0
+            t, weights = torch.randint(self.process.timesteps, (count,), device=device), 1.0
         else:
             t, weights = self.importance.draw(count)
         noise = torch.randn_like(x0)
@@ -346,8 +340,6 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             each = each + 0.001 * self.process.timesteps * bound  # L_vlb is the sum over all levels
         if self.importance is not None and self.training:
             self.importance.update(t, each.detach())
-        if self.balance is not None:
-            each = self.balance(each, t, self.process.timesteps)
         return (weights * each).mean(), parts
 
     def _drops(self, count: int) -> dict[str, Tensor] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from unitok.detokenizers.base import Condition, Detokenizer
-from unitok.nn.diffusion import LevelBalance, draw_levels
+from unitok.nn.diffusion import draw_levels
 from unitok.nn.frozen import Frozen
 from unitok.nn.text_to_image import TINY, new_text_to_image, open_text_to_image
 from unitok.nn.words import files_of
@@ -39,7 +39,6 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         min_snr: weigh levels in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the
             same.
         shift: above 1, noisy levels are drawn more often in training: see `nn.diffusion.draw_levels`.
-        balance: divide the loss of a level by what is typical there; see `nn.diffusion.LevelBalance`.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         drop: float = 0.1,
         min_snr: float | None = None,
         shift: float = 1.0,
-        balance: bool = False,
     ):
         super().__init__()
         if pipeline is not None and components is None:
@@ -76,7 +74,6 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
             self.freeze(*(name for name, holds in kept.items() if holds))
             if self.pipeline.vae is not None:
                 self.pipeline.vae.requires_grad_(False)
-        self.balance = LevelBalance() if balance else None
         self.takes = frozenset({"texts"})
         self.image_size = self.pipeline.image_size
 
@@ -122,13 +119,9 @@ class TextToImageDetokenizer(Frozen, Detokenizer):
         assert condition.texts is not None
         dropped = (torch.rand(len(images)) < self.drop).tolist()
         texts = ["" if drop else text for text, drop in zip(condition.texts, dropped, strict=True)]
-        timesteps = self.pipeline.process.timesteps
-        t = draw_levels(len(images), timesteps, self.shift, device=images.device)
+        t = draw_levels(len(images), self.pipeline.process.timesteps, self.shift, device=images.device)
         each = self.pipeline.denoising_loss(images, self._states(texts), t, min_snr=self.min_snr)
-        parts = {"mse": each.detach().mean()}
-        if self.balance is not None:
-            each = self.balance(each, t, timesteps)
-        return each.mean(), parts
+        return each.mean(), {}
 
     @classmethod
     def tiny(cls) -> TextToImageDetokenizer:

@@ -20,7 +20,6 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # by their name
 SAMPLERS = ("ddim", "ddpm", "flow")
 HISTORY = 10  # losses a level that importance sampling remembers (Nichol and Dhariwal 2021)
 UNIFORM = 0.001  # share of levels it draws without regard to their losses
-PARTS, REMEMBERED = 20, 0.99  # of the levels, by which losses are balanced; and of their typical losses, a step
 
 Predict = Callable[[Tensor, Tensor | int], Tensor]  # (x_t [B, C, H, W], t) -> what is said of it [B, C or 2C, H, W]
 
@@ -289,37 +288,6 @@ def draw_levels(
     share = shift * share / (1 + (shift - 1) * share)
     share = span[0] + (span[1] - span[0]) * share
     return (share * timesteps).long().clamp(max=timesteps - 1)
-
-
-class LevelBalance(nn.Module):
-    """Divides losses by what is typical of their level, so that none drowns the others.
-
-    The uncertainty of a level as Karras et al. 2024 (arXiv 2312.02696, section 2.2) weigh by it, here a running mean
-    over parts of the levels in place of a small network. Buffers, as the losses of `ImportanceSampler`.
-    """
-
-    typical: Tensor
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("typical", torch.ones(PARTS))
-        self.register_buffer("seen", torch.zeros(PARTS, dtype=torch.int64))
-
-    def forward(self, losses: Tensor, t: Tensor, timesteps: int) -> Tensor:
-        """Losses [B] of levels int64 [B], each over what is typical there, which training goes on to learn."""
-        part = t * PARTS // timesteps
-        if self.training:
-            self._learn(part, losses.detach().float())
-        return losses / self.typical.clamp_min(1e-6)[part]
-
-    def _learn(self, part: Tensor, losses: Tensor) -> None:
-        count = torch.zeros_like(self.seen).index_add(0, part, torch.ones_like(part))
-        mean = torch.zeros_like(self.typical).index_add(0, part, losses) / count.clamp_min(1)
-        # the mean of all while they are few, then a running one
-        share = (count / (self.seen + count).clamp_min(1)).clamp_min(1 - REMEMBERED) * (count > 0)
-        self.typical.lerp_(mean, share)
-        self.seen += count
 
 
 class ImportanceSampler(nn.Module):
