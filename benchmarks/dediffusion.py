@@ -5,9 +5,10 @@
 
 Gate      denoising loss of both generators under the true captions, beside those of other pictures and empty ones
 Guidance  captions drawn at scales of 1 to 8, read by the judge: readable, exact, shape and colour
-Texts     those that a tokenizer writes of pictures, drawn by the generator, by the second one, which it never met, and
-          by untrained ones: shape and colour of the picture, beside drawings of other pictures' texts; true captions
-          through the same generators
+Texts     those that a tokenizer writes of pictures, drawn by the generator and by the second one, which it never met:
+          shape and colour of the picture, beside drawings of other pictures' texts; true captions through the same
+Untrained the same by generators before their training; the interval is over generators, for what one of them makes of
+          a text by chance it makes of every picture's
 Losses    denoising loss under a tokenizer's words, beside those of other pictures, empty and true captions
 
 Shape and colour is the share of a picture's things whose pair of both is found in the drawing: of drawings that the
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,7 @@ from unitok.tokenizers.dediffusion import DeDiffusionTokenizer
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 BATCH = 50
 SHOWN = 6  # texts that are printed
-UNTRAINED = range(1, 6)  # seeds of untrained generators: guided, each tints its noise by the text in a way of its own
+UNTRAINED = range(1, 9)  # seeds of untrained generators: guided, each tints its noise by the text in a way of its own
 UNTRAINED_STEPS = 5  # noise is what comes of any
 
 
@@ -64,10 +65,10 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=LEVELS, help="of noise")
     parser.add_argument("--scale", type=float, help="guidance of texts; default: the generator's own")
     parser.add_argument("--sheet", type=Path, help="PNG: pictures, and drawings of their texts by each generator")
-    parser.add_argument("--only", nargs="*", help="gate, guidance, texts, losses")
+    parser.add_argument("--only", nargs="*", help="gate, guidance, texts, untrained, losses")
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    for name in arguments.only or ("gate", "guidance", "texts", "losses"):
+    for name in arguments.only or ("gate", "guidance", "texts", "untrained", "losses"):
         getattr(bench, name)()
 
 
@@ -155,25 +156,38 @@ class Bench:
             self._things(f"guidance_{scale:g}", rows.claims, drawings)
 
     def texts(self) -> None:
-        rows, first = self.test, self.generators["first"]
-        components = first.config.get("components")
-        untrained = []
-        for seed in UNTRAINED if components else ():
-            torch.manual_seed(seed)
-            untrained.append(TextToImageDetokenizer(**{**first.config, "steps": UNTRAINED_STEPS}).eval())
-        arms = {**{name: [generator] for name, generator in self.generators.items()}, "untrained": untrained}
-        self._things("texts_pictures_themselves", rows.claims, judge.draw(rows.images(first.image_size)))
-        sources = {"captions": rows.captions, **{name: self._written(name)[1] for name in self.tokenizers}}
-        for source, texts in sources.items():
+        rows, size = self.test, self.generators["first"].image_size
+        self._things("texts_pictures_themselves", rows.claims, judge.draw(rows.images(size)))
+        for source, texts in self._sources():
             print(json.dumps({"name": f"texts_{source}", "texts": texts[:SHOWN], "n": len(set(texts))}), flush=True)
-            shown = [rows.images(first.image_size)[:16]]
-            for name, generators in arms.items():
-                made = [draw(generator, texts, rows.ids, self.arguments.scale) for generator in generators]
-                if made:
-                    self._things(f"texts_{source}_{name}", rows.claims, *map(judge.draw, made))
-                    shown.append(made[0][:16])
+            shown = [rows.images(size)[:16]]
+            for name, generator in self.generators.items():
+                made = draw(generator, texts, rows.ids, self.arguments.scale)
+                self._things(f"texts_{source}_{name}", rows.claims, judge.draw(made))
+                shown.append(made[:16])
             if self.arguments.sheet:
                 sheet(shown, self.arguments.sheet.with_stem(f"{self.arguments.sheet.stem}_{Path(source).name}"))
+
+    def untrained(self) -> None:
+        rows, config = self.test, self.generators["first"].config
+        if not config.get("components"):
+            raise SystemExit(f"{self.arguments.generator} is no new pipeline: there is none before its training")
+        generators = []
+        for seed in UNTRAINED:
+            torch.manual_seed(seed)
+            generators.append(TextToImageDetokenizer(**{**config, "steps": UNTRAINED_STEPS}).eval())
+        for source, texts in self._sources():
+            found = []
+            for generator in generators:
+                drawings = judge.draw(draw(generator, texts, rows.ids, self.arguments.scale))
+                found.append(tuple(map(mean, things_of(rows.claims, drawings, best))))
+            ours, peer = ([pair[side] for pair in found] for side in (0, 1))
+            say_difference(f"untrained_{source}_things_best", ours, peer)
+
+    def _sources(self) -> Iterator[tuple[str, list[str]]]:
+        yield "captions", self.test.captions
+        for name in self.tokenizers:
+            yield name, self._written(name)[1]
 
     def losses(self) -> None:
         for folder, tokenizer in self.tokenizers.items():
@@ -200,27 +214,31 @@ class Bench:
             codes.append(tokenizer.encode(some))
         return torch.cat(codes), tokenizer.to_text(torch.cat(codes))
 
-    def _things(self, name: str, claims: Sequence[Claim], *drawn: Sequence[judge.Drawing]) -> None:
-        """Shape and colour of the claims in drawings of their own texts and, beside, of other rows' texts; of several
-        generators the mean, row by row."""
-        other = others(len(claims))
+    def _things(self, name: str, claims: Sequence[Claim], drawings: Sequence[judge.Drawing]) -> None:
+        for what, of in (("things", readable), ("things_best", best)):
+            say_difference(f"{name}_{what}", *things_of(claims, drawings, of))
 
-        def kept(reads: Sequence[Scene | None], rows: Sequence[int]) -> list[float]:
-            return [things_kept(claim, reads[i]) for claim, i in zip(claims, rows, strict=True)]
 
-        for what, of in (("things", readable), ("things_best", lambda drawing: drawing.scene)):
-            reads = [[of(drawing) for drawing in drawings] for drawings in drawn]
-            ours, peer = (
-                [mean(row) for row in zip(*(kept(read, rows) for read in reads), strict=True)]
-                for rows in (range(len(claims)), other)
-            )
-            difference, interval = paired_difference(peer, ours)
-            say(f"{name}_{what}", mean(ours), mean(peer), "share", len(ours), difference=round(difference, 4),
-                interval=rounded(interval))  # fmt: skip
+def things_of(
+    claims: Sequence[Claim], drawings: Sequence[judge.Drawing], of: Callable[[judge.Drawing], Scene | None]
+) -> tuple[list[float], list[float]]:
+    """Shape and colour of the claims in drawings of their own texts, and in those of other rows' texts, row by row."""
+    reads, other = [of(drawing) for drawing in drawings], others(len(claims))
+    own = [things_kept(claim, read) for claim, read in zip(claims, reads, strict=True)]
+    return own, [things_kept(claim, reads[i]) for claim, i in zip(claims, other, strict=True)]
 
 
 def readable(drawing: judge.Drawing) -> Scene | None:
     return drawing.scene if drawing.readable else None
+
+
+def best(drawing: judge.Drawing) -> Scene | None:
+    return drawing.scene
+
+
+def say_difference(name: str, ours: Sequence[float], peer: Sequence[float]) -> None:
+    difference, interval = paired_difference(peer, ours)
+    say(name, mean(ours), mean(peer), "share", len(ours), difference=round(difference, 4), interval=rounded(interval))
 
 
 def rounded(interval: Sequence[float]) -> list[float]:
