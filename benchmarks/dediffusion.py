@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ BATCH = 50
 SHOWN = 6  # texts that are printed
 UNTRAINED = range(1, 9)  # seeds of untrained generators: guided, each tints its noise by the text in a way of its own
 UNTRAINED_STEPS = 5  # noise is what comes of any
+STUDENT = 2.365  # 97.5 % of Student's t with as many degrees of freedom as there are untrained generators, less one
 
 
 def main() -> None:
@@ -177,12 +179,17 @@ class Bench:
             torch.manual_seed(seed)
             generators.append(TextToImageDetokenizer(**{**config, "steps": UNTRAINED_STEPS}).eval())
         for source, texts in self._sources():
-            found = []
+            found: list[tuple[float, float]] = []
             for generator in generators:
                 drawings = judge.draw(draw(generator, texts, rows.ids, self.arguments.scale))
-                found.append(tuple(map(mean, things_of(rows.claims, drawings, best))))
-            ours, peer = ([pair[side] for pair in found] for side in (0, 1))
-            say_difference(f"untrained_{source}_things_best", ours, peer)
+                own, peers = things_of(rows.claims, drawings, best)
+                found.append((mean(own), mean(peers)))
+            ours, peer = (mean([pair[side] for pair in found]) for side in (0, 1))
+            differences = [own - peers for own, peers in found]
+            margin = STUDENT * statistics.stdev(differences) / len(found) ** 0.5
+            say(f"untrained_{source}_things_best", ours, peer, "share", len(found), difference=round(ours - peer, 4),
+                interval=rounded((ours - peer - margin, ours - peer + margin)),
+                each=rounded(differences))  # fmt: skip
 
     def _sources(self) -> Iterator[tuple[str, list[str]]]:
         yield "captions", self.test.captions

@@ -28,11 +28,11 @@ from unitok.config import DataSource, LanguageModelRecipe, make_recipe
 from unitok.stages import Stage, run_stages
 
 BASE = ASSETS / "scenes"
-PICTURES = {"train": 8000, "validation": 100, "test": 600}
+PICTURES = {"train": 8000, "validation": 100, "test": 500}
 SHOTS = 4000  # interleaved documents
 SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
 DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
-CANDIDATES = 4  # the tuned model draws so many pictures of a prompt and keeps the one it reads best
+CANDIDATES = 5  # the tuned model draws so many pictures of a prompt and keeps the one it reads best
 ANSWER = {"guidance": 1.5}  # of the tuned model's text, against no picture; chosen there too
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
@@ -57,7 +57,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "method": "lora",
         "lora": {"rank": 32, "alpha": 64, "rows": "new"},
         "data": [
-            {"shards": shards[0], "weight": 1, "caption_drop": 0.1},
+            {"shards": shards[0], "weight": 2, "caption_drop": 0.1},
             {"shards": shards[1], "weight": 1},
             {"shards": shards[2], "weight": 3, "share_prefix": True},
             {"shards": shards[3], "weight": 0.5},
