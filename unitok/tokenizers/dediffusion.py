@@ -62,8 +62,6 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
         straight_through: in training the text encoder sees the most likely word of each draw, with the gradient of the
             soft one. Not in the paper.
         min_snr: weight of a noise level, as in nn/diffusion.py; by default the plain mean squared error.
-        shift: above 1, noisy levels are drawn more often in training, where texts decide most: see
-            `nn.diffusion.draw_levels`. Not in the paper.
         span: the part of the levels that training draws from, 0 the clean and 1 the noisy end. At the noisy end only
             what all of a picture has in common can be told, and that much louder: it drowns the rest. Not in the paper.
     """
@@ -96,7 +94,6 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
         anneal_steps: int = 500_000,
         straight_through: bool = False,
         min_snr: float | None = None,
-        shift: float = 1.0,
         span: Sequence[float] = (0.0, 1.0),
         resize: str = "squash-bicubic",
     ):
@@ -109,15 +106,13 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
             ("vocab", vocab, vocab in VOCABULARIES),
             ("temperature", temperature, len(temperature) == 2 and min(temperature) > 0),
             ("pipeline", pipeline, pipeline is not None or rows > 0),
-            ("shift", shift, shift > 0),
             ("span", span, len(span) == 2 and 0 <= span[0] < span[1] <= 1),
         ):
             if not fits:
                 raise ValueError(f"dediffusion cannot have {name} = {value}: see the arguments of its class")
         self.resize, self.tokens, self.vocab, self.words = resize, tokens, vocab, words
         self.temperature, self.anneal_steps = tuple(temperature), anneal_steps
-        self.straight_through, self.min_snr = straight_through, min_snr
-        self.shift, self.span = shift, tuple(span)
+        self.straight_through, self.min_snr, self.span = straight_through, min_snr, tuple(span)
         self._pipeline_name, self._pipeline_hash = (pipeline, pipeline_revision), pipeline_hash
         self._pipelines: list[TextToImage] = []  # a list hides it from the module: no folder or optimiser holds it
         self._words: PreTrainedTokenizerBase | None = None
@@ -236,7 +231,7 @@ class DeDiffusionTokenizer(Frozen, ImageTokenizer):
         logits = self.logits(batch["images"]).float()  # [B, N, V]
         soft = F.gumbel_softmax(logits, tau=tau, hard=self.straight_through)
         codes, drawn = logits.detach().argmax(-1), soft.detach().argmax(-1)
-        t = draw_levels(len(images), pipeline.process.timesteps, self.shift, self.span, images.device)
+        t = draw_levels(len(images), pipeline.process.timesteps, span=self.span, device=images.device)
         noise = torch.randn(len(images), pipeline.unet.config.in_channels, pipeline.side, pipeline.side).to(images)
         losses = pipeline.denoising_loss(images, pipeline.encode(pipeline.frame(codes), soft), t, noise, self.min_snr)
         few = -(-len(images) // COMPARED)
