@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -44,8 +45,10 @@ class Processes:
             self.leave = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.leave.close()
+        if kind is None:
+            leave_group_at_exit()
 
     def _default(self, stack: ExitStack, variables: dict[str, str]) -> None:
         for name, value in variables.items():
@@ -70,6 +73,18 @@ class Processes:
     def wait(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.barrier()
+
+
+def leave_group_at_exit() -> None:
+    """Have the threads of a process group joined before Python shuts down: one that still holds a tensor then ends the
+    process in abort(). For work that is done; after an error a thread may wait for a process that is gone."""
+    if dist.is_available() and dist.is_initialized():
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check(path: str) -> None:

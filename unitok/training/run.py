@@ -34,6 +34,7 @@ from unitok.config import PicturesRecipe
 from unitok.nn.pretrained import Pretrained, lacking
 from unitok.tokenizers.base import to_pil
 from unitok.training.ema import Ema
+from unitok.training.launch import leave_group_at_exit
 from unitok.training.pictures import Pictures
 
 SAMPLES = 8  # pictures shown
@@ -345,6 +346,7 @@ class TrainingRun:
             if self._writer is not None:
                 self._writer.close()
         self.accelerator.wait_for_everyone()
+        leave_group_at_exit()
         return self.out
 
 
