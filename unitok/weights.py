@@ -34,8 +34,8 @@ EYES = 30_000
 DOCUMENTS: dict[str, dict[str, Any]] = {  # how scenes are written, by folder; pictures: of training
     "lattice": {"setting": "lattice", "pictures": 20_000, "texts": 20_000, "seed": 2},
     "base": {"setting": "base", "pictures": 60_000, "texts": 20_000, "seed": 2},
-    "beside": {"setting": "beside", "pictures": 8_000, "ordered": 0.8, "seed": 3},
-    "ordered": {"setting": "base", "pictures": 24_000, "texts": 20_000, "ordered": 0.8, "seed": 4},
+    "beside": {"setting": "beside", "pictures": 8_000, "ordered": 0.8, "rounds": 3, "seed": 3},
+    "ordered": {"setting": "base", "pictures": 24_000, "texts": 20_000, "ordered": 0.8, "rounds": 3, "seed": 4},
 }
 SCORED = 400  # validation pictures
 TEXT_ROWS = 460

@@ -20,7 +20,9 @@ SPELLED = {f"{colour} {shape}" for shape, colour in HELD_OUT}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
-    return write_scenes(out, setting="base", pictures={"train": 80, "test": 4}, captions=2, shots=20, texts=60)
+    return write_scenes(
+        out, setting="base", pictures={"train": 80, "test": 4}, captions=2, shots=20, texts=60, rounds=2
+    )
 
 
 def rows(folder, name):
@@ -29,8 +31,8 @@ def rows(folder, name):
 
 def test_no_training_file_names_a_held_out_pair(folder):
     files = sorted(p.stem for p in folder.glob("train_*.jsonl"))
-    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "facts", "questions", "shots",
-                                            "texts", "told")]  # fmt: skip
+    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "facts", "findings", "questions",
+                                            "shots", "texts", "told")]  # fmt: skip
     for name in files:
         text = (folder / f"{name}.jsonl").read_text()
         assert text and not any(pair in text for pair in SPELLED), name
@@ -44,6 +46,10 @@ def test_what_is_given_is_not_learnt(folder):
             first, second = row["parts"]
             assert first["type"] == given and first["loss"] is False and second.get("loss", True)
     assert all(part.get("loss", True) for row in rows(folder, "train_describe") for part in row["parts"])
+    for row in rows(folder, "train_findings"):
+        assert [(part["type"], part.get("loss", True)) for part in row["parts"]] == [
+            ("image", False), ("text", False), ("text", True)
+        ]  # fmt: skip
 
 
 def test_choices_are_about_pictures_of_one_thing(folder):
@@ -61,7 +67,14 @@ def test_choices_are_about_pictures_of_one_thing(folder):
 
 def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder):
     before = (folder / "train_told.jsonl").stat().st_mtime_ns
-    same = {"setting": "base", "pictures": {"train": 80, "test": 4}, "captions": 2, "shots": 20, "texts": 60}
+    same = {
+        "setting": "base",
+        "pictures": {"train": 80, "test": 4},
+        "captions": 2,
+        "shots": 20,
+        "texts": 60,
+        "rounds": 2,
+    }
     assert write_scenes(folder, **same) == folder and (folder / "train_told.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="with texts = 60, not 5"):
         write_scenes(folder, **{**same, "texts": 5})

@@ -35,6 +35,7 @@ from unitok.data.scenes import (
     choice,
     claims,
     facts,
+    findings,
     phrasings,
     questions,
     radius,
@@ -390,3 +391,35 @@ def test_the_oracle_says_when_it_cannot_know():
         answer(scene, "smell", ())
     with pytest.raises(ValueError, match="unknown shape"):
         stamp("star", "small")
+
+
+def as_question(finding: str) -> tuple[str, str]:
+    """The question that a finding answers and its answer, from its words alone."""
+    stem, reply = finding.rsplit(" ", 1)
+    words = stem.split()
+    if stem.startswith("the number of"):
+        return f"how many {' '.join(words[3:-1])} are there?", reply
+    if stem.startswith("seen from"):
+        seen, asked = stem.removesuffix(" is").split(", ")
+        return f"where is {asked}, {seen}?", reply
+    if reply in ("there", "missing"):
+        return f"is there a {' '.join(words[1:-1])}?", {"there": "yes", "missing": "no"}[reply]
+    if words[2:] == ["object", "is", "a"]:
+        return f"what shape is the {words[1]} object?", reply
+    return f"what colour is the {words[1]}?", reply
+
+
+@pytest.mark.parametrize("setting", [FULL, DEMO])
+def test_findings_end_with_what_was_looked_for_and_say_where_everything_is(setting):
+    rng = np.random.default_rng(8)
+    spelled = {f"{colour} {shape}" for shape, colour in HELD_OUT}
+    for scene in draw(200, setting, pairs=TRAIN_PAIRS):
+        said = findings(scene, rng, rounds=2)
+        assert len(set(said)) == len(said) and not any(name in one for one in said for name in spelled)
+        for one in said:
+            question, reply = as_question(one)
+            assert independent_answer(scene, question) == reply, one
+        places = {one for one in said if one.startswith("seen from")}
+        for a, b in itertools.permutations(scene.things, 2):
+            if r := relation(a, b):
+                assert f"seen from the {b.colour} {b.shape}, the {a.colour} {a.shape} is {r}" in places

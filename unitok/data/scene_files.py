@@ -13,6 +13,7 @@
     train_texts.jsonl            {"parts": [{"type": "text", ...}]}: sentences without pictures, never a question
     train_told.jsonl             {"parts": [text without loss, text]}      a caption, then what is true if it is
     train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
+    train_findings.jsonl         {"parts": [image, "seen:", text]}         one statement that ends with what is found
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
     train_blind.jsonl            {"messages": [...]}: the question alone, then its answer             (--readings)
@@ -53,12 +54,14 @@ from unitok.data.scenes import (
     all_captions,
     choice,
     facts,
+    findings,
     questions,
     random_caption,
     random_scene,
     render_scene,
 )
 
+FOUND = "seen:"  # before a statement in train_findings.jsonl: it is no caption
 BEHIND = ": "  # between caption and question in train_read.jsonl: what a template has as image_suffix
 DONE = "scenes.json"  # written last: the arguments that made the folder
 MAX_SHOTS = 4
@@ -82,19 +85,20 @@ def write_scenes(
     texts: int = 0,
     seed: int = 0,
     ordered: float | None = None,
+    rounds: int = 0,
 ) -> Path:
     """Write the folder; nothing is done where it stands already, made by the same arguments.
 
     pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
     texts: sentences without pictures, and as many captions with what follows from them; where there are any, also the
     statements and choices about the training pictures that a base model learns from; ordered: of the training captions,
-    see `random_caption`.
+    see `random_caption`; rounds: of findings about each training picture, see `scenes.findings`.
     Raises ValueError where `out` holds scenes made by other arguments.
     """
     out = Path(out)
     pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
     asked = {"setting": setting, "image_size": image_size, "pictures": pictures, "captions": captions, "shots": shots,
-             "texts": texts, "seed": seed, "ordered": ordered}  # fmt: skip
+             "texts": texts, "seed": seed, "ordered": ordered, "rounds": rounds}  # fmt: skip
     if (out / DONE).exists():
         made = read_json(out / DONE)
         for key, value in asked.items():
@@ -116,7 +120,7 @@ def write_scenes(
             _write(out / "eyes.jsonl", ({"image": name} for name in names))
         elif split == "train":
             _write_training(out, scenes, names, rng, captions=captions, shots=shots, texts=texts, setting=drawn_as,
-                            ordered=ordered)  # fmt: skip
+                            ordered=ordered, rounds=rounds)  # fmt: skip
         else:
             _write_scored(out, split, scenes, names, rng)
     write_json(out / DONE, asked)
@@ -160,7 +164,17 @@ def _draw(scenes: list[Scene], out: Path, split: str) -> Iterator[str]:
 
 
 def _write_training(
-    out, scenes, names, rng, *, captions: int, shots: int, texts: int, setting: Setting, ordered: float | None
+    out,
+    scenes,
+    names,
+    rng,
+    *,
+    captions: int,
+    shots: int,
+    texts: int,
+    setting: Setting,
+    ordered: float | None,
+    rounds: int,
 ) -> None:
     captioned = [
         (name, random_caption(scene, rng, ordered, related=setting.beside)[0])
@@ -184,6 +198,13 @@ def _write_training(
         single = [(name, scene.things[0]) for name, scene in shown if len(scene.things) == 1]
         rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
+    if rounds:
+        found = (
+            (name, text) for name, scene in zip(names, scenes, strict=True) for text in findings(scene, rng, rounds)
+        )
+        stem = _text(FOUND, loss=False)  # pictures are shared by documents that begin with nothing learnt
+        rows = ({"parts": [_image(name, loss=False), stem, _text(text)]} for name, text in found)
+        _write(out / "train_findings.jsonl", rows)
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:

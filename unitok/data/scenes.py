@@ -401,14 +401,19 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
         a, b = scene.things[i], scene.things[i + 1]
         if rng.random() < 0.5:
             a, b = b, a
-        names: list[tuple] = [(a.shape, b.shape), (a.colour, b.colour)]
-        if a.pair in allowed and b.pair in allowed:
-            names.append((a.pair, b.pair))
-        valid = [q for q in (_ask(scene, "relation", name) for name in names) if q]
+        valid = _wheres(scene, a, b, allowed)
         if valid:
             out.append(pick(valid))
     kept = [q for q in out if q]
     return [kept[i] for i in rng.permutation(len(kept))]
+
+
+def _wheres(scene: Scene, a: Thing, b: Thing, allowed: set) -> list[Question]:
+    """The questions where a is, seen from b, by shapes, by colours and, where both may be named, by both."""
+    names: list[tuple] = [(a.shape, b.shape), (a.colour, b.colour)]
+    if a.pair in allowed and b.pair in allowed:
+        names.append((a.pair, b.pair))
+    return [q for q in (_ask(scene, "relation", name) for name in names) if q]
 
 
 def statement(q: Question) -> str:
@@ -424,6 +429,29 @@ def statement(q: Question) -> str:
     if q.kind == "yes/no":
         return f"there is {'a' if q.answer == 'yes' else 'no'} {_noun(q.about[0])}"
     return f"the {_noun(q.about[0])} is {q.answer}, seen from the {_noun(q.about[1])}"
+
+
+def finding(q: Question) -> str:
+    """The same as a statement that names what it is about first and ends with what is found: the order of an answer."""
+    if q.kind == "count":
+        return f"the number of {_plural(q.about)} is {q.answer}"
+    if q.kind == "yes/no":
+        return f"the {_noun(q.about[0])} is {'there' if q.answer == 'yes' else 'missing'}"
+    if q.kind == "relation":
+        return f"seen from the {_noun(q.about[1])}, the {_noun(q.about[0])} is {q.answer}"
+    return statement(q)  # colour and shape end so already
+
+
+def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
+    """What so many rounds of questions about a scene find, and where each thing is, seen from each other one.
+
+    Each once, in random order. None names a held-out pair.
+    """
+    asked = [q for _ in range(rounds) for q in questions(scene, rng)]
+    for a, b in itertools.permutations(scene.things, 2):
+        asked += _wheres(scene, a, b, set(TRAIN_PAIRS))
+    found = [*{finding(q): None for q in asked}]
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = True) -> str:
