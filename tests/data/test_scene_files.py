@@ -31,8 +31,8 @@ def rows(folder, name):
 
 def test_no_training_file_names_a_held_out_pair(folder):
     files = sorted(p.stem for p in folder.glob("train_*.jsonl"))
-    assert files == [f"train_{n}" for n in ("captions", "choices", "describe", "draw", "facts", "findings", "questions",
-                                            "shots", "texts", "told")]  # fmt: skip
+    names = "captions choices describe draw facts findings places questions shots texts told"
+    assert files == [f"train_{name}" for name in names.split()]
     for name in files:
         text = (folder / f"{name}.jsonl").read_text()
         assert text and not any(pair in text for pair in SPELLED), name
@@ -46,7 +46,7 @@ def test_what_is_given_is_not_learnt(folder):
             first, second = row["parts"]
             assert first["type"] == given and first["loss"] is False and second.get("loss", True)
     assert all(part.get("loss", True) for row in rows(folder, "train_describe") for part in row["parts"])
-    for row in rows(folder, "train_findings"):
+    for row in rows(folder, "train_findings") + rows(folder, "train_places"):
         assert [(part["type"], part.get("loss", True)) for part in row["parts"]] == [
             ("image", False), ("text", False), ("text", True)
         ]  # fmt: skip

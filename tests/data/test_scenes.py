@@ -37,6 +37,7 @@ from unitok.data.scenes import (
     facts,
     findings,
     phrasings,
+    places,
     questions,
     radius,
     random_caption,
@@ -419,7 +420,7 @@ def test_findings_end_with_what_was_looked_for_and_say_where_everything_is(setti
         for one in said:
             question, reply = as_question(one)
             assert independent_answer(scene, question) == reply, one
-        places = {one for one in said if one.startswith("seen from")}
+        assert set(places(scene)) == {one for one in said if one.startswith("seen from")}
         for a, b in itertools.permutations(scene.things, 2):
             if r := relation(a, b):
-                assert f"seen from the {b.colour} {b.shape}, the {a.colour} {a.shape} is {r}" in places
+                assert f"seen from the {b.colour} {b.shape}, the {a.colour} {a.shape} is {r}" in said

@@ -14,6 +14,7 @@
     train_told.jsonl             {"parts": [text without loss, text]}      a caption, then what is true if it is
     train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
     train_findings.jsonl         {"parts": [image, "seen:", text]}         one statement that ends with what is found
+    train_places.jsonl           {"parts": [image, "seen:", text]}         those about where a thing is
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
     train_blind.jsonl            {"messages": [...]}: the question alone, then its answer             (--readings)
@@ -27,6 +28,7 @@ Every picture of `validation` and `test` holds at least one held-out pair; `test
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -55,6 +57,7 @@ from unitok.data.scenes import (
     choice,
     facts,
     findings,
+    places,
     questions,
     random_caption,
     random_scene,
@@ -199,12 +202,11 @@ def _write_training(
         rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
     if rounds:
-        found = (
-            (name, text) for name, scene in zip(names, scenes, strict=True) for text in findings(scene, rng, rounds)
-        )
-        stem = _text(FOUND, loss=False)  # pictures are shared by documents that begin with nothing learnt
-        rows = ({"parts": [_image(name, loss=False), stem, _text(text)]} for name, text in found)
-        _write(out / "train_findings.jsonl", rows)
+        drawn = list(zip(names, scenes, strict=True))
+        found = ((name, text) for name, scene in drawn for text in findings(scene, rng, rounds))
+        _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
+        found = ((name, text) for name, scene in drawn for text in places(scene))
+        _write(out / "train_places.jsonl", itertools.starmap(_found_row, found))
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:
@@ -227,6 +229,11 @@ def _ordered_row(name: str, text: str, first: str) -> dict:
     if first == "text":
         return {"parts": [_text(text, loss=False), _image(name)]}
     return {"parts": [_image(name), _text(text)]}
+
+
+def _found_row(name: str, text: str) -> dict:
+    """Nothing is learnt before the statement, so that all about a picture can share it (`share_prefix`)."""
+    return {"parts": [_image(name, loss=False), _text(FOUND, loss=False), _text(text)]}
 
 
 def _text(text: str, **more: Any) -> dict:

@@ -442,15 +442,16 @@ def finding(q: Question) -> str:
     return statement(q)  # colour and shape end so already
 
 
-def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
-    """What so many rounds of questions about a scene find, and where each thing is, seen from each other one.
+def places(scene: Scene) -> list[str]:
+    """Where each thing is, seen from each other one, in every wording; no held-out pair is named."""
+    things = itertools.permutations(scene.things, 2)
+    return [*{finding(q): None for a, b in things for q in _wheres(scene, a, b, set(TRAIN_PAIRS))}]
 
-    Each once, in random order. None names a held-out pair.
-    """
-    asked = [q for _ in range(rounds) for q in questions(scene, rng)]
-    for a, b in itertools.permutations(scene.things, 2):
-        asked += _wheres(scene, a, b, set(TRAIN_PAIRS))
-    found = [*{finding(q): None for q in asked}]
+
+def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
+    """What so many rounds of questions about a scene find, and its places; each once, in random order."""
+    asked = [finding(q) for _ in range(rounds) for q in questions(scene, rng)]
+    found = [*dict.fromkeys([*asked, *places(scene)])]
     return [found[i] for i in rng.permutation(len(found))]
 
 
