@@ -57,7 +57,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "method": "lora",
         "lora": {"rank": 32, "alpha": 64, "rows": "new"},
         "data": [
-            {"shards": shards[0], "weight": 2, "caption_drop": 0.1},
+            {"shards": shards[0], "weight": 3, "caption_drop": 0.1},
             {"shards": shards[1], "weight": 1},
             {"shards": shards[2], "weight": 3, "share_prefix": True},
             {"shards": shards[3], "weight": 0.5},
@@ -67,7 +67,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "length": 512,
         "batch_size": 4,
         "steps": 1000,
-        "lr": 3e-3,
+        "lr": 2e-3,
         "schedule": "linear",
         "warmup": 20,
         "betas": [0.9, 0.95],

@@ -293,12 +293,12 @@ class UnifiedModel:
         seeds: Sequence[int] | None = None,
         batch_size: int = BATCH,
     ) -> list[str]:
-        """The text that follows a picture, for each picture; greedy by default. guidance: see `answers`."""
+        """The text that follows a picture, for each picture, never none; greedy by default. guidance: see `answers`."""
         documents = [_pictures(image) for image in images]
         self.encode_parts(documents)
         made = self._run(
             documents, self._text_seeds(seeds, len(documents)), max_new_tokens=max_new_tokens, batch_size=batch_size,
-            text_guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_new_tokens=1, text_guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
         )  # fmt: skip
         return [self._text(ids) for ids in made]
 

@@ -4,9 +4,10 @@
     tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
-    base         full training of that model on them, in nine steps, each on the model of the step before:
+    base         full training of that model on them, in ten steps, each on the model of the step before:
                  training/scenes_base_words.yaml, _lattice.yaml, _free.yaml, _beside.yaml, _ordered.yaml, _read.yaml,
-                 _places.yaml, _found.yaml, training/scenes_base.yaml
+                 _places.yaml, _found.yaml, _drawn.yaml,
+                 training/scenes_base.yaml
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -52,10 +53,10 @@ A small image tokenizer and a small base LLM, which stand for the trained tokeni
 downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base_words.yaml`,
 `training/scenes_base_lattice.yaml`, `training/scenes_base_free.yaml`, `training/scenes_base_beside.yaml`,
 `training/scenes_base_ordered.yaml`, `training/scenes_base_read.yaml`, `training/scenes_base_places.yaml`,
-`training/scenes_base_found.yaml` and `training/scenes_base.yaml`, each on the model of the one before. The base has
-seen pictures with captions and statements and read sentences, never a question, and never a held-out (shape, colour)
-pair; the tokenizer has seen pictures of every pair. `log.jsonl` is the log of the base's last step,
-`tokenizer_report.json` the tokenizer's.
+`training/scenes_base_found.yaml`, `training/scenes_base_drawn.yaml` and `training/scenes_base.yaml`, each on the model
+of the one before. The base has seen pictures with captions and statements and read sentences, never a question, and
+never a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair.
+`log.jsonl` is the log of the base's last step, `tokenizer_report.json` the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
 
@@ -65,7 +66,18 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-STEPS = ("_words", "_lattice", "_free", "_beside", "_ordered", "_read", "_places", "_found", "")  # of the base
+STEPS = (
+    "_words",
+    "_lattice",
+    "_free",
+    "_beside",
+    "_ordered",
+    "_read",
+    "_places",
+    "_found",
+    "_drawn",
+    "",
+)  # of the base
 RECIPES = tuple(f"training/scenes_base{step}.yaml" for step in STEPS)
 HERE = Path("out/weights")  # where the recipes have everything
 

@@ -47,6 +47,7 @@ from unitok.data.scenes import (
     satisfies,
     stamp,
     statement,
+    truths,
 )
 
 WORDS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -415,6 +416,11 @@ def test_findings_end_with_what_was_looked_for_and_say_where_everything_is(setti
     rng = np.random.default_rng(8)
     spelled = {f"{colour} {shape}" for shape, colour in HELD_OUT}
     for scene in draw(200, setting, pairs=TRAIN_PAIRS):
+        called = truths(scene, rng)
+        assert sum(one.endswith(", yes") for one in called) == len(scene.things)
+        for one in called:
+            text, reply = one.removeprefix("there is ").split(", ")
+            assert independent_answer(scene, f"is there {text}?") == reply and not any(name in one for name in spelled)
         said = findings(scene, rng, rounds=2)
         assert len(set(said)) == len(said) and not any(name in one for one in said for name in spelled)
         for one in said:

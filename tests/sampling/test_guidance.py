@@ -130,6 +130,17 @@ def test_text_guidance_is_two_forwards(lm, scale):
         assert ids == want
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_no_row_ends_before_its_least(lm, scale):
+    """Each row would end at once: its first id is an EOS. What it says instead is the best of the other ids."""
+    given = {"text_size": 37, "max_new_tokens": 4, "temperature": 0, "blind_prompts": BLIND, "text_guidance": scale}
+    first = [ids[0] for ids in generate_ids(lm, PROMPTS, VOCAB, **given)]
+    assert not any(generate_ids(lm, PROMPTS, VOCAB, eos_ids=first, **given))
+    for least in (1, 3):
+        got = generate_ids(lm, PROMPTS, VOCAB, eos_ids=first, min_new_tokens=least, **given)
+        assert all(len(ids) >= least and not set(ids) & set(first) for ids in got)
+
+
 def test_a_row_without_text_guidance_is_as_it_would_be_alone(lm):
     """Among guided rows, sampled: neither its logits nor what it may draw changes."""
     given = {"text_size": 37, "max_new_tokens": 20, "seeds": [1, 2, 3], "temperature": 3.0}

@@ -15,6 +15,7 @@
     train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
     train_findings.jsonl         {"parts": [image, "seen:", text]}         one statement that ends with what is found
     train_places.jsonl           {"parts": [image, "seen:", text]}         those about where a thing is
+    train_truths.jsonl           {"parts": [image, "seen:", text]}         "there is a red cross, no"
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
     train_blind.jsonl            {"messages": [...]}: the question alone, then its answer             (--readings)
@@ -62,6 +63,7 @@ from unitok.data.scenes import (
     random_caption,
     random_scene,
     render_scene,
+    truths,
 )
 
 FOUND = "seen:"  # before a statement in train_findings.jsonl: it is no caption
@@ -207,6 +209,8 @@ def _write_training(
         _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
         found = ((name, text) for name, scene in drawn for text in places(scene))
         _write(out / "train_places.jsonl", itertools.starmap(_found_row, found))
+        found = ((name, text) for name, scene in drawn for text in truths(scene, rng))
+        _write(out / "train_truths.jsonl", itertools.starmap(_found_row, found))
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:

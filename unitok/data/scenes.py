@@ -448,6 +448,20 @@ def places(scene: Scene) -> list[str]:
     return [*{finding(q): None for a, b in things for q in _wheres(scene, a, b, set(TRAIN_PAIRS))}]
 
 
+def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """That each thing of a training scene is there, and as many absent ones that share its shape or colour.
+
+    Each is said and called true or not: "there is a red circle, no". No held-out pair is named.
+    """
+    present = [t.pair for t in scene.things]
+    said = []
+    for pair in present:
+        absent = [p for p in TRAIN_PAIRS if p not in present and (p[0] == pair[0] or p[1] == pair[1])]
+        said += [(pair, "yes"), (absent[int(rng.integers(len(absent)))], "no")]
+    found = [*dict.fromkeys(f"there is a {_noun(pair)}, {true}" for pair, true in said)]
+    return [found[i] for i in rng.permutation(len(found))]
+
+
 def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
     """What so many rounds of questions about a scene find, and its places; each once, in random order."""
     asked = [finding(q) for _ in range(rounds) for q in questions(scene, rng)]

@@ -36,6 +36,7 @@ def generate_ids(
     text_size: int,
     eos_ids: Sequence[int] = (),
     max_new_tokens: int | Sequence[int],
+    min_new_tokens: int = 0,
     max_images: int | Sequence[int] = 0,
     force_image: str | None | Sequence[str | None] = None,
     null_prompts: Sequence[Ids] | None = None,
@@ -56,6 +57,7 @@ def generate_ids(
     text_size: `len(text_tokenizer)`; text ids from there on are never emitted, and image ids only inside their blocks.
     max_new_tokens, max_images: for all rows, or one each. An image begins only where its whole block fits; a row also
         ends where the model has no position left.
+    min_new_tokens: no row ends by an EOS before it has so many.
     force_image: the tokenizer whose block opens right after the prompt, for all rows or one each; it is given whatever
         max_images says, and counts. A prompt may also end inside a block, which is then completed.
     guidance: of image codes only. A number, a pair (text, image), or a list with one of these a row; 1 costs nothing.
@@ -101,7 +103,7 @@ def generate_ids(
     training = lm.training
     lm.eval()
     try:
-        return _Loop(lm, grammar, cursor, begun, first, weights, branches, choices, seeds).run()
+        return _Loop(lm, grammar, cursor, begun, first, weights, branches, choices, seeds, min_new_tokens).run()
     finally:
         lm.train(training)
 
@@ -120,10 +122,11 @@ class _Loop:
         branches: Sequence[Sequence[np.ndarray]],
         choices: Sequence[Choice],
         seeds: Sequence[int] | None,
+        least: int,
     ):
         count, width = len(prompts), max(int(cursor.room.max()) + first.shape[1], 0)
         self.grammar, self.cursor, self.prompts = grammar, cursor, prompts
-        self.weights, self.branches, self.choices = weights, branches, choices
+        self.weights, self.branches, self.choices, self.least = weights, branches, choices, least
         self.rows = Rows(lm, grammar.kinds)
         self.keys = draw_keys([0] * count if seeds is None else seeds, width).numpy()  # [B, width]
         # The last id of the prompt, then the new ids; all but the first `fed` of `count` wait to be fed.
@@ -172,6 +175,9 @@ class _Loop:
             if k == TEXT and len(self.grammar.names):
                 banned = torch.from_numpy(~self.cursor.begin_allowed(which)).to(logits.device)
                 logits[:, -banned.shape[1] :].masked_fill_(banned, float("-inf"))
+            if k == TEXT and self.least:
+                early, ends = self.count[which] - 1 < self.least, self.grammar.is_eos[self.grammar.kinds[k]]
+                logits.masked_fill_(torch.from_numpy(early[:, None] & ends).to(logits.device), float("-inf"))
             keys = torch.from_numpy(self.keys[which, self.count[which] - 1]).to(logits.device)
             index = choose(logits, choice, keys).cpu().numpy()
             self._write(which, self.cursor.push(which, self.grammar.kinds[k][index]))
