@@ -6,8 +6,7 @@
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
     base         full training of that model on them, in ten steps, each on the model of the step before:
                  training/scenes_base_words.yaml, _lattice.yaml, _free.yaml, _beside.yaml, _ordered.yaml, _read.yaml,
-                 _places.yaml, _found.yaml, _drawn.yaml,
-                 training/scenes_base.yaml
+                 _places.yaml, _found.yaml, _drawn.yaml, training/scenes_base.yaml
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -66,18 +65,7 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-STEPS = (
-    "_words",
-    "_lattice",
-    "_free",
-    "_beside",
-    "_ordered",
-    "_read",
-    "_places",
-    "_found",
-    "_drawn",
-    "",
-)  # of the base
+STEPS = *(f"_{step}" for step in "words lattice free beside ordered read places found drawn".split()), ""  # of the base
 RECIPES = tuple(f"training/scenes_base{step}.yaml" for step in STEPS)
 HERE = Path("out/weights")  # where the recipes have everything
 

@@ -132,7 +132,7 @@ def test_text_guidance_is_two_forwards(lm, scale):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_no_row_ends_before_its_least(lm, scale):
-    """Each row would end at once: its first id is an EOS. What it says instead is the best of the other ids."""
+    """Each row would end at once: its first id is an EOS."""
     given = {"text_size": 37, "max_new_tokens": 4, "temperature": 0, "blind_prompts": BLIND, "text_guidance": scale}
     first = [ids[0] for ids in generate_ids(lm, PROMPTS, VOCAB, **given)]
     assert not any(generate_ids(lm, PROMPTS, VOCAB, eos_ids=first, **given))

@@ -391,7 +391,7 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
 
     present = [t.pair for t in scene.things]
     yes = [p for p in present if p in allowed]
-    no = [p for p in pairs if p not in present and any(p[0] == q[0] or p[1] == q[1] for q in present)]
+    no = _missing(pairs, present, present)
     if yes and (rng.random() < 0.5 or not no):
         out.append(_ask(scene, "yes/no", (pick(yes),)))
     elif no and (yes or rng.random() < 0.5):
@@ -406,6 +406,11 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
             out.append(pick(valid))
     kept = [q for q in out if q]
     return [kept[i] for i in rng.permutation(len(kept))]
+
+
+def _missing(pairs: tuple, present: list, like: list) -> list:
+    """Those of `pairs` that are not present and share the shape or the colour of one that they are to be like."""
+    return [p for p in pairs if p not in present and any(p[0] == q[0] or p[1] == q[1] for q in like)]
 
 
 def _wheres(scene: Scene, a: Thing, b: Thing, allowed: set) -> list[Question]:
@@ -456,7 +461,7 @@ def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
     present = [t.pair for t in scene.things]
     said = []
     for pair in present:
-        absent = [p for p in TRAIN_PAIRS if p not in present and (p[0] == pair[0] or p[1] == pair[1])]
+        absent = _missing(TRAIN_PAIRS, present, [pair])
         said += [(pair, "yes"), (absent[int(rng.integers(len(absent)))], "no")]
     found = [*dict.fromkeys(f"there is a {_noun(pair)}, {true}" for pair, true in said)]
     return [found[i] for i in rng.permutation(len(found))]

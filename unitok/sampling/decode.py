@@ -175,9 +175,10 @@ class _Loop:
             if k == TEXT and len(self.grammar.names):
                 banned = torch.from_numpy(~self.cursor.begin_allowed(which)).to(logits.device)
                 logits[:, -banned.shape[1] :].masked_fill_(banned, float("-inf"))
-            if k == TEXT and self.least:
-                early, ends = self.count[which] - 1 < self.least, self.grammar.is_eos[self.grammar.kinds[k]]
-                logits.masked_fill_(torch.from_numpy(early[:, None] & ends).to(logits.device), float("-inf"))
+            early = self.count[which] - 1 < self.least
+            if k == TEXT and early.any():
+                ends = early[:, None] & self.grammar.is_eos[self.grammar.kinds[k]]
+                logits.masked_fill_(torch.from_numpy(ends).to(logits.device), float("-inf"))
             keys = torch.from_numpy(self.keys[which, self.count[which] - 1]).to(logits.device)
             index = choose(logits, choice, keys).cpu().numpy()
             self._write(which, self.cursor.push(which, self.grammar.kinds[k][index]))
