@@ -32,12 +32,8 @@ from unitok.data.scenes import (
     Thing,
     all_captions,
     answer,
-    choice,
     claims,
-    facts,
-    findings,
     phrasings,
-    places,
     questions,
     radius,
     random_caption,
@@ -46,9 +42,8 @@ from unitok.data.scenes import (
     render_scene,
     satisfies,
     stamp,
-    statement,
-    truths,
 )
+from unitok.data.statements import choice, facts, findings, places, statement, truths
 
 WORDS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 

@@ -55,16 +55,12 @@ from unitok.data.scenes import (
     Scene,
     Setting,
     all_captions,
-    choice,
-    facts,
-    findings,
-    places,
     questions,
     random_caption,
     random_scene,
     render_scene,
-    truths,
 )
+from unitok.data.statements import choice, facts, findings, places, truths
 
 FOUND = "seen:"  # before a statement in train_findings.jsonl: it is no caption
 BEHIND = ": "  # between caption and question in train_read.jsonl: what a template has as image_suffix
@@ -97,7 +93,7 @@ def write_scenes(
     pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
     texts: sentences without pictures, and as many captions with what follows from them; where there are any, also the
     statements and choices about the training pictures that a base model learns from; ordered: of the training captions,
-    see `random_caption`; rounds: of findings about each training picture, see `scenes.findings`.
+    see `random_caption`; rounds: of findings about each training picture, see `statements.findings`.
     Raises ValueError where `out` holds scenes made by other arguments.
     """
     out = Path(out)

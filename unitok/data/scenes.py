@@ -10,7 +10,7 @@ Some (shape, colour) pairs are held out of everything a language model is traine
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -233,7 +233,8 @@ def satisfies(scene: Scene, claim: Claim) -> bool:
     return False
 
 
-def _name(thing: tuple[str, str, str | None]) -> str:
+def named(thing: tuple[str, str, str | None]) -> str:
+    """Of (shape, colour, size or None): a small red circle, a red circle."""
     shape, colour, size = thing
     return f"a {size} {colour} {shape}" if size else f"a {colour} {shape}"
 
@@ -248,7 +249,7 @@ _BETWEEN = {
 
 def phrasings(claim: Claim) -> list[str]:
     """All captions that say exactly this claim, things in its order."""
-    names = [_name(t) for t in claim.things]
+    names = [named(t) for t in claim.things]
     if claim.relations:
         bodies = [names[0]]
         for name, r in zip(names[1:], claim.relations, strict=True):
@@ -339,18 +340,21 @@ def answer(scene: Scene, kind: str, about: tuple) -> str | None:
     raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def _noun(name: str | tuple[str, str]) -> str:
+def noun(name: str | tuple[str, str]) -> str:
+    """Of a shape, a colour or a pair: circle, red object, red circle."""
     if isinstance(name, tuple):
         return f"{name[1]} {name[0]}"
     return name if name in SHAPES else f"{name} object"
 
 
-def _plural(about: tuple) -> str:
-    noun = _noun(about[0]) if about else "object"
-    return noun + ("es" if noun.endswith("s") else "s")
+def plural(about: tuple) -> str:
+    """Of what a question of kind count is about."""
+    one = noun(about[0]) if about else "object"
+    return one + ("es" if one.endswith("s") else "s")
 
 
-def _ask(scene: Scene, kind: str, about: tuple) -> Question | None:
+def ask(scene: Scene, kind: str, about: tuple) -> Question | None:
+    """The question with the oracle's answer; None where there is none."""
     reply = answer(scene, kind, about)
     if reply is None:
         return None
@@ -359,11 +363,11 @@ def _ask(scene: Scene, kind: str, about: tuple) -> Question | None:
     elif kind == "shape":
         text = f"what shape is the {about[0]} object?"
     elif kind == "count":
-        text = f"how many {_plural(about)} are there?"
+        text = f"how many {plural(about)} are there?"
     elif kind == "yes/no":
-        text = f"is there a {_noun(about[0])}?"
+        text = f"is there a {noun(about[0])}?"
     else:
-        text = f"where is the {_noun(about[0])}, seen from the {_noun(about[1])}?"
+        text = f"where is the {noun(about[0])}, seen from the {noun(about[1])}?"
     return Question(kind, text, reply, about)
 
 
@@ -380,125 +384,42 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
         return options[int(rng.integers(len(options)))]
 
     for kind, index in (("colour", 0), ("shape", 1)):
-        asked = [_ask(scene, kind, (t.pair[index],)) for t in scene.things]
+        asked = [ask(scene, kind, (t.pair[index],)) for t in scene.things]
         valid = [q for q in asked if q]
         out.append(pick(valid) if valid else None)
     if rng.random() < 0.5:
-        out.append(_ask(scene, "count", ()))
+        out.append(ask(scene, "count", ()))
     else:
         words = [*SHAPES, *COLOURS] if rng.random() < 0.3 else list(pick(list(scene.things)).pair)
-        out.append(_ask(scene, "count", (str(pick(words)),)))
+        out.append(ask(scene, "count", (str(pick(words)),)))
 
     present = [t.pair for t in scene.things]
     yes = [p for p in present if p in allowed]
-    no = _missing(pairs, present, present)
+    no = absent_like(pairs, present, present)
     if yes and (rng.random() < 0.5 or not no):
-        out.append(_ask(scene, "yes/no", (pick(yes),)))
+        out.append(ask(scene, "yes/no", (pick(yes),)))
     elif no and (yes or rng.random() < 0.5):
-        out.append(_ask(scene, "yes/no", (pick(no),)))
+        out.append(ask(scene, "yes/no", (pick(no),)))
     if len(scene.things) > 1:
         i = int(rng.integers(len(scene.things) - 1))
         a, b = scene.things[i], scene.things[i + 1]
         if rng.random() < 0.5:
             a, b = b, a
-        valid = _wheres(scene, a, b, allowed)
+        valid = wheres(scene, a, b, allowed)
         if valid:
             out.append(pick(valid))
     kept = [q for q in out if q]
     return [kept[i] for i in rng.permutation(len(kept))]
 
 
-def _missing(pairs: tuple, present: list, like: list) -> list:
-    """Those of `pairs` that are not present and share the shape or the colour of one that they are to be like."""
+def absent_like(pairs: tuple, present: list, like: list) -> list:
+    """Those of `pairs` that are not present and share the shape or the colour of one in `like`."""
     return [p for p in pairs if p not in present and any(p[0] == q[0] or p[1] == q[1] for q in like)]
 
 
-def _wheres(scene: Scene, a: Thing, b: Thing, allowed: set) -> list[Question]:
+def wheres(scene: Scene, a: Thing, b: Thing, allowed: set) -> list[Question]:
     """The questions where a is, seen from b, by shapes, by colours and, where both may be named, by both."""
     names: list[tuple] = [(a.shape, b.shape), (a.colour, b.colour)]
     if a.pair in allowed and b.pair in allowed:
         names.append((a.pair, b.pair))
-    return [q for q in (_ask(scene, "relation", name) for name in names) if q]
-
-
-def statement(q: Question) -> str:
-    """What a question and its answer say, asking nothing."""
-    if q.kind == "colour":
-        return f"the {q.about[0]} is {q.answer}"
-    if q.kind == "shape":
-        return f"the {q.about[0]} object is a {q.answer}"
-    if q.kind == "count":
-        if q.answer == NUMBERS[1]:
-            return f"there is one {_noun(q.about[0]) if q.about else 'object'}"
-        return f"there are {q.answer} {_plural(q.about)}"
-    if q.kind == "yes/no":
-        return f"there is {'a' if q.answer == 'yes' else 'no'} {_noun(q.about[0])}"
-    return f"the {_noun(q.about[0])} is {q.answer}, seen from the {_noun(q.about[1])}"
-
-
-def finding(q: Question) -> str:
-    """The same as a statement that names what it is about first and ends with what is found: the order of an answer."""
-    if q.kind == "count":
-        return f"the number of {_plural(q.about)} is {q.answer}"
-    if q.kind == "yes/no":
-        return f"the {_noun(q.about[0])} is {'there' if q.answer == 'yes' else 'missing'}"
-    if q.kind == "relation":
-        return f"seen from the {_noun(q.about[1])}, the {_noun(q.about[0])} is {q.answer}"
-    return statement(q)  # colour and shape end so already
-
-
-def places(scene: Scene) -> list[str]:
-    """Where each thing is, seen from each other one, in every wording; no held-out pair is named."""
-    things = itertools.permutations(scene.things, 2)
-    return [*{finding(q): None for a, b in things for q in _wheres(scene, a, b, set(TRAIN_PAIRS))}]
-
-
-def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """That each thing of a training scene is there, and as many absent ones that share its shape or colour.
-
-    Each is said and called true or not: "there is a red circle, no". No held-out pair is named.
-    """
-    present = [t.pair for t in scene.things]
-    said = []
-    for pair in present:
-        absent = _missing(TRAIN_PAIRS, present, [pair])
-        said += [(pair, "yes"), (absent[int(rng.integers(len(absent)))], "no")]
-    found = [*dict.fromkeys(f"there is a {_noun(pair)}, {true}" for pair, true in said)]
-    return [found[i] for i in rng.permutation(len(found))]
-
-
-def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
-    """What so many rounds of questions about a scene find, and its places; each once, in random order."""
-    asked = [finding(q) for _ in range(rounds) for q in questions(scene, rng)]
-    found = [*dict.fromkeys([*asked, *places(scene)])]
-    return [found[i] for i in rng.permutation(len(found))]
-
-
-def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = True) -> str:
-    """Up to n true statements in random order, most of them about which thing has which colour and shape.
-
-    None names a held-out pair, not even one that is absent; relations: whether they may say where a thing is.
-    """
-    asked = {q.text: q for q in questions(scene, rng) if relations or q.kind != "relation"}
-    for t in scene.things:
-        for q in (_ask(scene, "colour", (t.shape,)), _ask(scene, "shape", (t.colour,))):
-            if q:
-                asked[q.text] = q
-    found = list(asked.values())
-    return ", ".join(statement(found[i]) for i in rng.permutation(len(found))[:n]) + "."
-
-
-def choice(thing: Thing, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS) -> str:
-    """A caption that leaves open which of two to four pairs there is. No two share the colour, and the others have
-    another shape: the colour alone says which one a picture shows, and so which shape it has to have."""
-    options = [thing.pair]
-    n = int(rng.integers(2, 5))
-    for i in rng.permutation(len(pairs)):
-        shape, colour = pairs[i]
-        if len(options) < n and shape != thing.shape and colour not in [c for _, c in options]:
-            options.append(pairs[i])
-    return " or ".join(_name((*options[i], None)) for i in rng.permutation(len(options)))
-
-
-def swap_background(scene: Scene, background: str) -> Scene:
-    return replace(scene, background=background)
+    return [q for q in (ask(scene, "relation", name) for name in names) if q]
