@@ -31,7 +31,7 @@ def rows(folder, name):
 
 def test_no_training_file_names_a_held_out_pair(folder):
     files = sorted(p.stem for p in folder.glob("train_*.jsonl"))
-    names = "captions choices describe draw facts findings places questions shots texts told truths"
+    names = "bindings captions choices describe draw facts findings places questions shots sides texts told truths"
     assert files == [f"train_{name}" for name in names.split()]
     for name in files:
         text = (folder / f"{name}.jsonl").read_text()
@@ -46,7 +46,7 @@ def test_what_is_given_is_not_learnt(folder):
             first, second = row["parts"]
             assert first["type"] == given and first["loss"] is False and second.get("loss", True)
     assert all(part.get("loss", True) for row in rows(folder, "train_describe") for part in row["parts"])
-    for row in (r for n in ("findings", "places", "truths") for r in rows(folder, f"train_{n}")):
+    for row in (r for n in ("findings", "places", "sides", "bindings", "truths") for r in rows(folder, f"train_{n}")):
         assert [(part["type"], part.get("loss", True)) for part in row["parts"]] == [
             ("image", False), ("text", False), ("text", True)
         ]  # fmt: skip

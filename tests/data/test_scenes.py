@@ -43,7 +43,7 @@ from unitok.data.scenes import (
     satisfies,
     stamp,
 )
-from unitok.data.statements import choice, facts, findings, places, statement, truths
+from unitok.data.statements import bindings, choice, facts, findings, places, sides, statement, truths
 
 WORDS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -425,3 +425,24 @@ def test_findings_end_with_what_was_looked_for_and_say_where_everything_is(setti
         for a, b in itertools.permutations(scene.things, 2):
             if r := relation(a, b):
                 assert f"seen from the {b.colour} {b.shape}, the {a.colour} {a.shape} is {r}" in said
+
+
+def test_bindings_are_said_where_words_do_not_tell_and_sides_of_both_things():
+    bound = 0
+    for scene in draw(300, DEMO, pairs=TRAIN_PAIRS):
+        said = bindings(scene)
+        for one in said:
+            question, reply = as_question(one)
+            assert independent_answer(scene, question) == reply
+            exchanged = {(a.shape, b.colour) for a, b in itertools.permutations(scene.things, 2)}
+            assert len(said) == 4 and not exchanged & HELD_OUT
+        bound += bool(said)
+        looks = {text for t in scene.things for text in (f"is {t.colour}", f"is a {t.shape}")}
+        for one in sides(scene):
+            assert any(one.endswith(look) for look in looks)
+        if len(scene.things) == 2 and (r := relation(*scene.things)):
+            side = {"left": "left object", "right": "right object", "above": "object above", "below": "object below"}[r]
+            assert f"the {side} is {scene.things[0].colour}" in sides(scene) and len(sides(scene)) == 4
+        else:
+            assert not sides(scene)
+    assert bound > 30

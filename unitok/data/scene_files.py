@@ -15,6 +15,8 @@
     train_facts.jsonl            {"parts": [image without loss, text]}     the same statements about a picture
     train_findings.jsonl         {"parts": [image, "seen:", text]}         one statement that ends with what is found
     train_places.jsonl           {"parts": [image, "seen:", text]}         those about where a thing is
+    train_sides.jsonl            {"parts": [image, "seen:", text]}         "the left object is a cross"
+    train_bindings.jsonl         {"parts": [image, "seen:", text]}         "the cross is red", where there are two things
     train_truths.jsonl           {"parts": [image, "seen:", text]}         "there is a red cross, no"
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
@@ -60,7 +62,7 @@ from unitok.data.scenes import (
     random_scene,
     render_scene,
 )
-from unitok.data.statements import choice, facts, findings, places, truths
+from unitok.data.statements import bindings, choice, facts, findings, places, sides, truths
 
 FOUND = "seen:"  # before a statement in train_findings.jsonl: it is no caption
 BEHIND = ": "  # between caption and question in train_read.jsonl: what a template has as image_suffix
@@ -203,8 +205,9 @@ def _write_training(
         drawn = list(zip(names, scenes, strict=True))
         found = ((name, text) for name, scene in drawn for text in findings(scene, rng, rounds))
         _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
-        found = ((name, text) for name, scene in drawn for text in places(scene))
-        _write(out / "train_places.jsonl", itertools.starmap(_found_row, found))
+        for file, said in (("places", places), ("sides", sides), ("bindings", bindings)):
+            found = ((name, text) for name, scene in drawn for text in said(scene))
+            _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
         found = ((name, text) for name, scene in drawn for text in truths(scene, rng))
         _write(out / "train_truths.jsonl", itertools.starmap(_found_row, found))
 

@@ -21,6 +21,7 @@ from unitok.data.scenes import (
     noun,
     plural,
     questions,
+    relation,
     wheres,
 )
 
@@ -55,6 +56,32 @@ def places(scene: Scene) -> list[str]:
     """Where each thing is, seen from each other one, in every wording; no held-out pair is named."""
     things = itertools.permutations(scene.things, 2)
     return [*{finding(q): None for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))}]
+
+
+_SIDES = {"left": "left object", "right": "right object", "above": "object above", "below": "object below"}
+
+
+def sides(scene: Scene) -> list[str]:
+    """Colour and shape of each of two things, named by where it is seen from the other."""
+    if len(scene.things) != 2:
+        return []
+    a, b = scene.things
+    seen = ((_SIDES[side], t) for t, side in ((a, relation(a, b)), (b, relation(b, a))) if side)
+    return [f"the {name} is {what}" for name, t in seen for what in (t.colour, f"a {t.shape}")]
+
+
+def bindings(scene: Scene) -> list[str]:
+    """Which colour each of two things of a training scene has, named by its shape, and which shape, by its colour.
+
+    Only where the words do not tell already: the two differ in both, and exchanging them names no held-out pair.
+    """
+    if len(scene.things) != 2:
+        return []
+    a, b = scene.things
+    if a.shape == b.shape or a.colour == b.colour or not {(a.shape, b.colour), (b.shape, a.colour)} <= set(TRAIN_PAIRS):
+        return []
+    asked = (q for t in (a, b) for q in (ask(scene, "colour", (t.shape,)), ask(scene, "shape", (t.colour,))))
+    return [finding(q) for q in asked if q]
 
 
 def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
