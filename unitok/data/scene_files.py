@@ -16,7 +16,7 @@
     train_findings.jsonl         {"parts": [image, "seen:", text]}         one statement that ends with what is found
     train_places.jsonl           {"parts": [image, "seen:", text]}         those about where a thing is
     train_sides.jsonl            {"parts": [image, "seen:", text]}         "the left object is a cross"
-    train_bindings.jsonl         {"parts": [image, "seen:", text]}         "the cross is red", where there are two things
+    train_bindings.jsonl         {"parts": [image, "seen:", text]}         "the cross is red", of two things
     train_truths.jsonl           {"parts": [image, "seen:", text]}         "there is a red cross, no"
     train_choices.jsonl          {"parts": [text without loss, image]}     "a red square or a blue cross": one of them
     train_read.jsonl             {"messages": [...]}: a true caption and a question, then its answer  (--readings)
