@@ -4,9 +4,10 @@
     tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
-    base         full training of that model on them, in ten steps, each on the model of the step before:
+    base         full training of that model on them, in fourteen steps, each on the model of the step before:
                  training/scenes_base_words.yaml, _lattice.yaml, _free.yaml, _beside.yaml, _ordered.yaml, _read.yaml,
-                 _places.yaml, _found.yaml, _drawn.yaml, training/scenes_base.yaml
+                 _places.yaml, _found.yaml, _drawn.yaml, _true.yaml, _sides.yaml, _bound.yaml, _seen.yaml,
+                 training/scenes_base.yaml
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
@@ -21,6 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,12 +51,10 @@ TEMPLATE: dict[str, Any] = {"question": "{question} ", "answer": "{answer}", "sh
 README = """# builtin:scenes
 
 A small image tokenizer and a small base LLM, which stand for the trained tokenizer and the base model that one
-downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then `training/scenes_base_words.yaml`,
-`training/scenes_base_lattice.yaml`, `training/scenes_base_free.yaml`, `training/scenes_base_beside.yaml`,
-`training/scenes_base_ordered.yaml`, `training/scenes_base_read.yaml`, `training/scenes_base_places.yaml`,
-`training/scenes_base_found.yaml`, `training/scenes_base_drawn.yaml` and `training/scenes_base.yaml`, each on the model
-of the one before. The base has seen pictures with captions and statements and read sentences, never a question, and
-never a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair.
+downloads in real life. Made by `make weights`: `tokenizers/scenes_split.yaml`, then, each on the model of the last,
+{steps}.
+The base has seen pictures with captions and statements and read sentences, never a
+question, and never a held-out (shape, colour) pair; the tokenizer has seen pictures of every pair.
 `log.jsonl` is the log of the base's last step, `tokenizer_report.json` the tokenizer's.
 
 Seconds on 2 CPU cores, by stage: {seconds}
@@ -65,7 +65,7 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-STEPS = *(f"_{step}" for step in "words lattice free beside ordered read places found drawn".split()), ""  # of the base
+STEPS = "_words _lattice _free _beside _ordered _read _places _found _drawn _true _sides _bound _seen".split() + [""]
 RECIPES = tuple(f"training/scenes_base{step}.yaml" for step in STEPS)
 HERE = Path("out/weights")  # where the recipes have everything
 
@@ -199,7 +199,9 @@ def install(out: Path) -> Path:
     shutil.copyfile(out / "tokenizer" / "training" / "report.json", target / "tokenizer_report.json")
     seconds = {stage: read_json(out / f"{stage}.done")["seconds"] for stage in STAGES}
     lines = [f"| {one['name']} | {one['value']:.4f} | {one['n']} |" for one in found if one["model"] == "new"]
-    (target / "README.md").write_text(README.format(seconds=json.dumps(seconds), scores="\n".join(lines)))
+    steps = textwrap.fill(", ".join(f"`{file}`" for file in RECIPES), 118, break_on_hyphens=False)
+    text = README.format(steps=steps, seconds=json.dumps(seconds), scores="\n".join(lines))
+    (target / "README.md").write_text(text)
     return target
 
 
