@@ -1,12 +1,14 @@
 """Guidance against its formula, alone and in the loop against separate forwards."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unitok.sampling.decode import generate_ids
-from unitok.sampling.guidance import IMPLAUSIBLE, branch_weights, mix, plausible, text_weights
+from unitok.sampling.guidance import IMPLAUSIBLE, LIKELY, branch_weights, habit, mix, plausible, text_weights
 from unitok.vocab import JointVocab
 
 VOCAB = JointVocab(40).add("a", [24, 8], (3, 2))
@@ -123,7 +125,8 @@ def test_text_guidance_is_two_forwards(lm, scale):
         rows, want = [list(prompt), list(blind)], []
         for _ in ids:
             logits = [lm(torch.tensor([row])).logits[0, -1, :37] for row in rows]
-            mixed = logits[1] + scale * (logits[0] - logits[1])
+            said = logits[1].clamp(max=logits[1].max() + math.log(LIKELY))
+            mixed = said + scale * (logits[0] - said)
             mixed[logits[0].softmax(0) < IMPLAUSIBLE * logits[0].softmax(0).max()] = -torch.inf
             want.append(int(mixed.argmax()))
             rows = [[*row, want[-1]] for row in rows]
@@ -152,6 +155,15 @@ def test_a_row_without_text_guidance_is_as_it_would_be_alone(lm):
     assert kept.tolist() == [[1, 2], [1, -torch.inf]]
 
 
+def test_what_the_words_alone_make_likely_is_not_chosen_among():
+    """Two of three ids are likely without the images: between these the images' own order stays at any scale."""
+    blind, cond = torch.tensor([[0.6, 0.39, 0.01]]).log(), torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for scale in (1.5, 4.0, 100.0):
+        guided = cond * scale + (1 - scale) * habit(blind)
+        assert guided[0, 0] > guided[0, 1]
+    assert guided.argmax() == 2  # never said without the images, and plausible with them
+
+
 def test_both_guidances_around_an_image(lm):
     """Text, an image that the model itself begins, text: each guided by its own branches, as in separate forwards."""
     begin = VOCAB.images["a"].control["begin"]
@@ -169,7 +181,7 @@ def test_both_guidances_around_an_image(lm):
         for i in [*range(at + 1), *range(at + len(block), len(ids))]:
             cond, other = (lm(torch.tensor([row + ids[:i]])).logits[0, -1] for row in (prompt, blind))
             allowed = [*range(37), *([begin] if i <= at and i + len(block) <= 24 else [])]
-            cond, other = cond[allowed], other[allowed]
+            cond, other = cond[allowed], other[allowed].clamp(max=other[allowed].max() + math.log(LIKELY))
             mixed = (other + 2 * (cond - other)).masked_fill(
                 cond.softmax(0) < IMPLAUSIBLE * cond.softmax(0).max(), -torch.inf
             )

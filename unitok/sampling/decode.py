@@ -18,7 +18,7 @@ from torch import nn
 
 from unitok.sampling.choose import Choice, choose, draw_keys
 from unitok.sampling.grammar import TEXT, Cursor, Grammar
-from unitok.sampling.guidance import BLIND, BRANCHES, branch_weights, mix, plausible, text_weights
+from unitok.sampling.guidance import BLIND, BRANCHES, branch_weights, habit, mix, plausible, text_weights
 from unitok.sampling.rows import Rows
 from unitok.vocab import JointVocab
 
@@ -203,8 +203,9 @@ class _Loop:
         owner, branch, n = self.owner[others], self.branch[others], len(which)
         parts = (place[owner], weights[which, 0], weights[owner, branch])
         rows, scales, other_scales = (torch.from_numpy(part).to(logits.device) for part in parts)
-        mixed = mix(logits[:n], logits[n:], rows, scales, other_scales)
-        return plausible(logits[:n], mixed, scales) if kind == TEXT else mixed
+        if kind != TEXT:
+            return mix(logits[:n], logits[n:], rows, scales, other_scales)
+        return plausible(logits[:n], mix(logits[:n], habit(logits[n:]), rows, scales, other_scales), scales)
 
     def _write(self, which: np.ndarray, new: np.ndarray) -> None:
         """Append the ids of each row of `new` [n, F], padded with -1."""

@@ -14,8 +14,9 @@ Text is guided by a branch of its own, 3, the prompt without its images, of logi
     one scale s:                b + s (c - b)                weights s, 0, 0, 1 - s
 
 What a text says by habit, whatever the images show, is taken off (visual contrastive decoding, 2311.16922, with the
-images absent instead of noisy). Ids that the prompt itself makes improbable stay out (`plausible`): differences among
-those mean nothing.
+images absent instead of noisy). Ids that habit makes likely all count alike (`habit`): guidance lifts what is never
+said, and does not choose among what is often said. Ids that the prompt itself makes improbable stay out
+(`plausible`): differences among those mean nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 BRANCHES = 4
 BLIND = 3  # the branch of text; the others are of images
+LIKELY = 0.1  # of the most probable id's probability: what is above is likely by habit, and no more likely than others
 IMPLAUSIBLE = 0.02  # of the most probable id's probability: what is below is not chosen under guidance
 
 
@@ -69,6 +71,11 @@ def text_weights(scale: float | Sequence[float], rows: int) -> np.ndarray:
     out = np.zeros((rows, BRANCHES), np.float32)
     out[:, 0], out[:, BLIND] = scales, 1 - scales
     return out
+
+
+def habit(blind: torch.Tensor) -> torch.Tensor:
+    """Logits [m, K] of prompts without their images, at most LIKELY of the highest probability each."""
+    return blind.minimum(blind.amax(1, keepdim=True) + math.log(LIKELY))
 
 
 def plausible(cond: torch.Tensor, guided: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
