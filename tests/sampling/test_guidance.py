@@ -125,7 +125,7 @@ def test_text_guidance_is_two_forwards(lm, scale):
         rows, want = [list(prompt), list(blind)], []
         for _ in ids:
             logits = [lm(torch.tensor([row])).logits[0, -1, :37] for row in rows]
-            said = logits[1].clamp(max=logits[1].max() + math.log(LIKELY))
+            said = logits[1].clamp(max=logits[1].max() + math.log(LIKELY)) if scale > 1 else logits[1]
             mixed = said + scale * (logits[0] - said)
             mixed[logits[0].softmax(0) < IMPLAUSIBLE * logits[0].softmax(0).max()] = -torch.inf
             want.append(int(mixed.argmax()))
@@ -159,8 +159,9 @@ def test_what_the_words_alone_make_likely_is_not_chosen_among():
     """Two of three ids are likely without the images: between these the images' own order stays at any scale."""
     blind, cond = torch.tensor([[0.6, 0.39, 0.01]]).log(), torch.tensor([[0.5, 0.3, 0.2]]).log()
     for scale in (1.5, 4.0, 100.0):
-        guided = cond * scale + (1 - scale) * habit(blind)
+        guided = cond * scale + (1 - scale) * habit(blind, torch.tensor([1 - scale]))
         assert guided[0, 0] > guided[0, 1]
+    assert torch.equal(habit(blind, torch.tensor([0.5])), blind)
     assert guided.argmax() == 2  # never said without the images, and plausible with them
 
 

@@ -205,7 +205,8 @@ class _Loop:
         rows, scales, other_scales = (torch.from_numpy(part).to(logits.device) for part in parts)
         if kind != TEXT:
             return mix(logits[:n], logits[n:], rows, scales, other_scales)
-        return plausible(logits[:n], mix(logits[:n], habit(logits[n:]), rows, scales, other_scales), scales)
+        said = habit(logits[n:], other_scales)
+        return plausible(logits[:n], mix(logits[:n], said, rows, scales, other_scales), scales)
 
     def _write(self, which: np.ndarray, new: np.ndarray) -> None:
         """Append the ids of each row of `new` [n, F], padded with -1."""

@@ -73,9 +73,12 @@ def text_weights(scale: float | Sequence[float], rows: int) -> np.ndarray:
     return out
 
 
-def habit(blind: torch.Tensor) -> torch.Tensor:
-    """Logits [m, K] of prompts without their images, at most LIKELY of the highest probability each."""
-    return blind.minimum(blind.amax(1, keepdim=True) + math.log(LIKELY))
+def habit(blind: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Logits [m, K] of prompts without their images, at most LIKELY of the highest probability each.
+
+    weights [m]: of these logits; where it is not negative nothing is taken off, and they stay as they are.
+    """
+    return torch.where(weights[:, None] < 0, blind.minimum(blind.amax(1, keepdim=True) + math.log(LIKELY)), blind)
 
 
 def plausible(cond: torch.Tensor, guided: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
