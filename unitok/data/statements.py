@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 
 from unitok.data.scenes import (
+    HELD_OUT,
     NUMBERS,
     TRAIN_PAIRS,
     Question,
@@ -58,6 +59,12 @@ def places(scene: Scene) -> list[str]:
     return [*{finding(q): None for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))}]
 
 
+def _looks(scene: Scene) -> list[Question]:
+    """Which colour each thing has, named by its shape, and which shape, named by its colour, where one is meant."""
+    asked = (q for t in scene.things for q in (ask(scene, "colour", (t.shape,)), ask(scene, "shape", (t.colour,))))
+    return [q for q in asked if q]
+
+
 _SIDES = {"left": "left object", "right": "right object", "above": "object above", "below": "object below"}
 
 
@@ -78,10 +85,8 @@ def bindings(scene: Scene) -> list[str]:
     if len(scene.things) != 2:
         return []
     a, b = scene.things
-    if a.shape == b.shape or a.colour == b.colour or not {(a.shape, b.colour), (b.shape, a.colour)} <= set(TRAIN_PAIRS):
-        return []
-    asked = (q for t in (a, b) for q in (ask(scene, "colour", (t.shape,)), ask(scene, "shape", (t.colour,))))
-    return [finding(q) for q in asked if q]
+    told = a.shape == b.shape or a.colour == b.colour or HELD_OUT & {(a.shape, b.colour), (b.shape, a.colour)}
+    return [] if told else [finding(q) for q in _looks(scene)]
 
 
 def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
@@ -111,10 +116,7 @@ def facts(scene: Scene, rng: np.random.Generator, n: int = 3, relations: bool = 
     None names a held-out pair, not even one that is absent; relations: whether they may say where a thing is.
     """
     asked = {q.text: q for q in questions(scene, rng) if relations or q.kind != "relation"}
-    for t in scene.things:
-        for q in (ask(scene, "colour", (t.shape,)), ask(scene, "shape", (t.colour,))):
-            if q:
-                asked[q.text] = q
+    asked |= {q.text: q for q in _looks(scene)}
     found = list(asked.values())
     return ", ".join(statement(found[i]) for i in rng.permutation(len(found))[:n]) + "."
 
