@@ -4,10 +4,7 @@
     tokenizer    tokenizers/scenes_split.yaml on them
     llm          a SentencePiece text tokenizer of the scene language around an untrained Llama, `unitok expand`ed
     documents    captions both ways and sentences, no held-out pair, never a question; tokenized
-    base         full training of that model on them, in fourteen steps, each on the model of the step before:
-                 training/scenes_base_words.yaml, _lattice.yaml, _free.yaml, _beside.yaml, _ordered.yaml, _read.yaml,
-                 _places.yaml, _found.yaml, _drawn.yaml, _true.yaml, _sides.yaml, _bound.yaml, _seen.yaml,
-                 training/scenes_base.yaml
+    base         full training of that model on them, in the order of RECIPES, each on the model of the step before
     scores       what both reach, beside the shipped ones
 
 Every stage resumes and is skipped where it stands. `--install` copies the result over the shipped folder.
