@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/python -m unitok demo --out out/demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: install
 	$(BIN)/ruff check .
