@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -149,21 +150,26 @@ class Demo:
         write_scenes(self.out / "data", pictures=PICTURES, captions=1, shots=SHOTS, seed=2)
 
     def tokenize(self) -> None:
-        from unitok.data.shards import summary_line, tokenize
-        from unitok.tokenizers.base import load_tokenizer
+        from unitok.data.shards import summary_line, tokenize_each
         from unitok.weights import NAME
 
-        tokenizer = load_tokenizer(self.base)
-        for source in SOURCES:
-            shards = self.out / "shards" / source
-            summary = tokenize(self.out / "data" / f"{source}.jsonl", tokenizer, shards, name=NAME)
+        jobs = [(self.out / "data" / f"{source}.jsonl", self.out / "shards" / source) for source in SOURCES]
+        for source, summary in zip(SOURCES, tokenize_each(jobs, self.base, name=NAME), strict=True):
             self.console.print(f"  {source}: {summary_line(summary)}", highlight=False)
 
     def tune(self) -> None:
         from unitok.training.language_model import train
+        from unitok.training.launch import second_process, two_pay
 
         write_json(self.out / "deepspeed.json", DEEPSPEED)
-        train(tuning(self.out, self.base), log=lambda line: self.console.print(f"  {line}", highlight=False))
+        recipe = tuning(self.out, self.base)
+        with contextlib.ExitStack() as stack:
+            if two_pay():
+                recipe = recipe.model_copy(update={"batch_size": recipe.batch_size // 2})
+                write_json(self.out / "tune.json", recipe.model_dump(mode="json"))
+                command = [sys.executable, "-m", "unitok", "train", str(self.out / "tune.json")]
+                stack.enter_context(second_process(command))
+            train(recipe, log=lambda line: self.console.print(f"  {line}", highlight=False))
 
     def merge(self) -> None:
         from unitok.lm.export import export

@@ -115,16 +115,16 @@ def write_llm(out: Path, seed: int = 0) -> None:
 
 
 def make_documents(out: Path) -> None:
-    from unitok.data.shards import summary_line, tokenize
+    from unitok.data.shards import summary_line, tokenize_each
 
     write_scenes(out / "data", pictures={"validation": SCORED}, seed=1)
     for folder, asked in DOCUMENTS.items():
         pictures = {"train": asked["pictures"]}
         write_scenes(out / "documents" / folder, **{**asked, "pictures": pictures}, captions=2)
-    for shards in sorted({shards for recipe in map(_recipe, RECIPES) for shards in _shards(recipe, out)}):
-        folder, name = shards.parts[-2:]
-        summary = tokenize(out / "documents" / folder / f"{name}.jsonl", out / "tokenizer", shards, name=NAME)
-        print(f"{folder} {name}: {summary_line(summary)}")
+    wanted = sorted({shards for recipe in map(_recipe, RECIPES) for shards in _shards(recipe, out)})
+    jobs = [(out / "documents" / shards.parent.name / f"{shards.name}.jsonl", shards) for shards in wanted]
+    for shards, summary in zip(wanted, tokenize_each(jobs, out / "tokenizer", name=NAME), strict=True):
+        print(f"{shards.parent.name} {shards.name}: {summary_line(summary)}")
 
 
 def make_base(out: Path) -> None:

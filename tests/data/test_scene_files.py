@@ -9,7 +9,7 @@ import pytest
 from unitok.checkpoint import open_folder
 from unitok.data.render import Template, question_parts, render
 from unitok.data.scene_files import BEHIND, write_readings, write_scenes
-from unitok.data.scenes import HELD_OUT
+from unitok.data.scenes import COLOURS, HELD_OUT, SHAPES
 from unitok.data.schema import codes_part, parse_row
 from unitok.lm.text import load_text_tokenizer
 
@@ -38,6 +38,28 @@ def test_no_training_file_names_a_held_out_pair(folder):
         assert text and not any(pair in text for pair in SPELLED), name
         assert ("?" in text) == (name in ("train_questions", "train_shots")), name
     assert any(pair in (folder / "test_prompts.jsonl").read_text() for pair in SPELLED)
+
+
+def test_what_reads_a_picture_of_two_things_could_have_their_colours_exchanged(folder):
+    seen = 0
+    for name in ("describe", "questions", "findings", "bindings"):
+        by_image = {}
+        for row in rows(folder, f"train_{name}"):
+            image = row.get("image") or next(part["image"] for part in row["parts"] if part["type"] == "image")
+            by_image.setdefault(image, []).append(row)
+        captions = {row["image"]: row["text"] for row in rows(folder, "train_captions")}
+        for image in by_image:
+            words = captions[image].replace("small ", "").replace("large ", "").split()
+            things = [
+                (words[i + 1], w)
+                for i, w in enumerate(words)
+                if w in COLOURS and words[i + 1 :][:1] and words[i + 1] in SHAPES
+            ]
+            if len(things) == 2:
+                (a, x), (b, y) = things
+                seen += 1
+                assert not {(a, y), (b, x)} & HELD_OUT, (name, image)
+    assert seen > 20
 
 
 def test_what_is_given_is_not_learnt(folder):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from unitok.data import encoding
 from unitok.data.schema import parse_row
-from unitok.data.shards import census_line, read_shards, summary_line, tokenize
+from unitok.data.shards import census_line, read_shards, summary_line, tokenize, tokenize_each
 from unitok.data.sources import read_image, read_source
 from unitok.manifest import FILE, Manifest
 from unitok.tokenizers import get
@@ -205,6 +205,14 @@ def test_a_fast_run_gives_the_same_bytes_and_goes_on_with_a_plain_one(
 def test_a_loaded_tokenizer_gives_the_same_as_its_folder(source, tokenizer, finished, tmp_path):
     run(source, load_tokenizer(tokenizer), tmp_path)
     assert contents(tmp_path) == contents(finished)
+
+
+def test_two_at_a_time_give_the_same_and_keep_their_order(source, tokenizer, tmp_path):
+    jobs = [(source / "rows.jsonl", tmp_path / name) for name in "ab"]
+    first, second = tokenize_each(jobs, tokenizer)
+    tokenize(source / "rows.jsonl", tokenizer, tmp_path / "alone")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "alone")
+    assert [Path(done["out"]).name for done in (first, second)] == ["a", "b"]
 
 
 def test_a_second_run_does_nothing_and_says_the_same(source, tokenizer, tmp_path):

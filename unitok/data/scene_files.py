@@ -25,7 +25,9 @@
     SPLIT_questions.jsonl        as above                                       (and `SPLIT_seen_`, see below)
     SPLIT_prompts.jsonl          {"prompt", "claim", "image"}: to draw; the claim is what a judge checks
 
-Every picture of `validation` and `test` holds at least one held-out pair; `test_seen` holds train pairs only.
+Training documents that read a picture leave out those where words alone tell which of two things has which colour
+(`scenes.told`): whoever learns from them looks less. Every picture of `validation` and `test` holds at least one
+held-out pair; `test_seen` holds train pairs only.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ from unitok.data.scenes import (
     random_caption,
     random_scene,
     render_scene,
+    told,
 )
 from unitok.data.statements import bindings, choice, facts, findings, places, sides, truths
 
@@ -185,30 +188,31 @@ def _write_training(
         for _ in range(captions)
     ]
     _write(out / "train_captions.jsonl", ({"image": name, "text": text} for name, text in captioned))
-    for file, first in (("train_draw.jsonl", "text"), ("train_describe.jsonl", "image")):
-        _write(out / file, (_ordered_row(name, text, first) for name, text in captioned))
-    asked = [questions(scene, rng) for scene in scenes]
-    rows = (_question_row(n, q, s) for n, s, qs in zip(names, scenes, asked, strict=True) for q in qs)
-    _write(out / "train_questions.jsonl", rows)
+    _write(out / "train_draw.jsonl", (_ordered_row(name, text, "text") for name, text in captioned))
+    read = [(name, scene) for name, scene in zip(names, scenes, strict=True) if not told(scene)]
+    by_reading = {name for name, _ in read}
+    rows = (_ordered_row(name, text, "image") for name, text in captioned if name in by_reading)
+    _write(out / "train_describe.jsonl", rows)
+    asked = [(name, scene, questions(scene, rng)) for name, scene in read]
+    _write(out / "train_questions.jsonl", (_question_row(n, q, s) for n, s, qs in asked for q in qs))
     if shots:
-        _write(out / "train_shots.jsonl", (_shot_row(names, asked, rng) for _ in range(shots)))
+        _write(out / "train_shots.jsonl", (_shot_row(asked, rng) for _ in range(shots)))
     if texts:
         _write(out / "train_texts.jsonl", ({"parts": [_text(t)]} for t in _texts(texts, rng, setting)))
         _write(out / "train_told.jsonl", (_told_row(rng, setting) for _ in range(texts)))
-        shown = [(name, scene) for name, scene in zip(names, scenes, strict=True) for _ in range(captions)]
+        shown = [one for one in read for _ in range(captions)]
         rows = ({"parts": [_image(n, loss=False), _text(facts(s, rng))]} for n, s in shown)
         _write(out / "train_facts.jsonl", rows)
         single = [(name, scene.things[0]) for name, scene in shown if len(scene.things) == 1]
         rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
     if rounds:
-        drawn = list(zip(names, scenes, strict=True))
-        found = ((name, text) for name, scene in drawn for text in findings(scene, rng, rounds))
+        found = ((name, text) for name, scene in read for text in findings(scene, rng, rounds))
         _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
         for file, said in (("places", places), ("sides", sides), ("bindings", bindings)):
-            found = ((name, text) for name, scene in drawn for text in said(scene))
+            found = ((name, text) for name, scene in read for text in said(scene))
             _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
-        found = ((name, text) for name, scene in drawn for text in truths(scene, rng))
+        found = ((name, text) for name, scene in read for text in truths(scene, rng))
         _write(out / "train_truths.jsonl", itertools.starmap(_found_row, found))
 
 
@@ -259,12 +263,13 @@ def _question_row(name: str, q: Question, scene: Scene) -> dict:
     return {"image": name, "question": q.text, "answers": [q.answer], "kind": q.kind, "objects": len(scene.things)}
 
 
-def _shot_row(names: list[str], asked: list[list[Question]], rng: np.random.Generator) -> dict:
+def _shot_row(asked: list[tuple[str, Scene, list[Question]]], rng: np.random.Generator) -> dict:
     """One to five pictures, a question and its answer each: the later ones have exemplars before them."""
     messages = []
-    for i in rng.choice(len(names), int(rng.integers(1, MAX_SHOTS + 2)), replace=False):
-        q = asked[i][int(rng.integers(len(asked[i])))]
-        content = [_image(names[i]), _text(q.text)]
+    for i in rng.choice(len(asked), int(rng.integers(1, MAX_SHOTS + 2)), replace=False):
+        name, _, questions_of_it = asked[i]
+        q = questions_of_it[int(rng.integers(len(questions_of_it)))]
+        content = [_image(name), _text(q.text)]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": q.answer}]
     return {"messages": messages}
 

@@ -412,6 +412,13 @@ def questions(scene: Scene, rng: np.random.Generator, pairs: tuple = TRAIN_PAIRS
     return [kept[i] for i in rng.permutation(len(kept))]
 
 
+def told(scene: Scene) -> bool:
+    """Whether words alone tell which of two things of a training scene has which colour: the exchange of their colours
+    names a held-out pair. Who learns from such pictures learns what is never said, and reads less."""
+    pairs = itertools.combinations(scene.things, 2)
+    return any(HELD_OUT & {(a.shape, b.colour), (b.shape, a.colour)} for a, b in pairs)
+
+
 def absent_like(pairs: tuple, present: list, like: list) -> list:
     """Those of `pairs` that are not present and share the shape or the colour of one in `like`."""
     return [p for p in pairs if p not in present and any(p[0] == q[0] or p[1] == q[1] for q in like)]

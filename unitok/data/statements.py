@@ -10,7 +10,6 @@ import itertools
 import numpy as np
 
 from unitok.data.scenes import (
-    HELD_OUT,
     NUMBERS,
     TRAIN_PAIRS,
     Question,
@@ -23,6 +22,7 @@ from unitok.data.scenes import (
     plural,
     questions,
     relation,
+    told,
     wheres,
 )
 
@@ -53,10 +53,22 @@ def finding(q: Question) -> str:
     return statement(q)  # colour and shape end so already
 
 
+def of_which(q: Question) -> str:
+    """The same in the order of the question's words: "the colour of the cross is red"."""
+    if q.kind == "colour":
+        return f"the colour of the {q.about[0]} is {q.answer}"
+    if q.kind == "shape":
+        return f"the shape of the {q.about[0]} object is {q.answer}"
+    if q.kind == "relation":
+        return f"the {noun(q.about[0])}, seen from the {noun(q.about[1])}, is {q.answer}"
+    return finding(q)  # count and yes/no have one order
+
+
 def places(scene: Scene) -> list[str]:
     """Where each thing is, seen from each other one, in every wording; no held-out pair is named."""
     things = itertools.permutations(scene.things, 2)
-    return [*{finding(q): None for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))}]
+    asked = [q for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))]
+    return [*{said: None for q in asked for said in (finding(q), of_which(q))}]
 
 
 def _looks(scene: Scene) -> list[Question]:
@@ -85,8 +97,8 @@ def bindings(scene: Scene) -> list[str]:
     if len(scene.things) != 2:
         return []
     a, b = scene.things
-    told = a.shape == b.shape or a.colour == b.colour or HELD_OUT & {(a.shape, b.colour), (b.shape, a.colour)}
-    return [] if told else [finding(q) for q in _looks(scene)]
+    alike = a.shape == b.shape or a.colour == b.colour
+    return [] if alike or told(scene) else [said for q in _looks(scene) for said in (finding(q), of_which(q))]
 
 
 def truths(scene: Scene, rng: np.random.Generator) -> list[str]:

@@ -7,13 +7,17 @@ import json
 import logging
 import os
 import socket
-from contextlib import ExitStack
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from unitok.checkpoint import quiet
+
+ENDING_S = 60.0  # for which the first process waits for the second
 
 _deepspeed_used = False
 
@@ -73,6 +77,41 @@ class Processes:
     def wait(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.barrier()
+
+
+def two_pay() -> bool:
+    """Whether two processes are faster than this one: on CPU, where small matrices gain little by its threads."""
+    return not torch.cuda.is_available() and torch.get_num_threads() > 1
+
+
+@contextmanager
+def second_process(command: Sequence[str]) -> Iterator[None]:
+    """This process is the first of two inside, of half its threads each; `command` is what the second runs.
+
+    The second ends with this one, even with one that is killed: what it waits for is gone.
+    ValueError where it fails.
+    """
+    port, threads = str(_free_port()), torch.get_num_threads()
+    ours, its = ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+                 for rank in "01")  # fmt: skip
+    before = {name: os.environ.get(name) for name in ours}
+    other = subprocess.Popen(command, env={**os.environ, **its, "OMP_NUM_THREADS": str(threads // 2)})
+    try:
+        os.environ.update(ours)
+        torch.set_num_threads(threads // 2)
+        yield
+        if other.wait(ENDING_S):
+            raise ValueError("the second process of the training failed, and says why above")
+    except KeyboardInterrupt:
+        other.wait(ENDING_S)  # both have agreed to stop
+        raise
+    finally:
+        other.kill()
+        other.wait()
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _leave_group()
 
 
 def leave_group_at_exit() -> None:
