@@ -31,10 +31,11 @@ from unitok.stages import Stage, run_stages
 BASE = ASSETS / "scenes"
 PICTURES = {"train": 8000, "validation": 100, "test": 500}
 SHOTS = 4000  # interleaved documents
+ASKS = 4  # rounds of questions about a training picture
 SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
-DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
+DRAW = {"guidance": 1.5, "temperature": 0.4}  # chosen on validation scenes: benchmarks/NOTES.md
 CANDIDATES = 5  # the tuned model draws so many pictures of a prompt and keeps the one it reads best
-ANSWER = {"guidance": 4.0}  # of the tuned model's text, against no picture; chosen there too
+ANSWER = {"guidance": 2.0}  # of the tuned model's text, against no picture; chosen there too
 SCALES = (1.0, 1.5, 3.0)  # shown in the report
 QUESTIONS = 1200  # rows scored
 SHOT_QUESTIONS = 200  # of them with shots, which cost five pictures each
@@ -58,7 +59,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "method": "lora",
         "lora": {"rank": 32, "alpha": 64, "rows": "new"},
         "data": [
-            {"shards": shards[0], "weight": 3, "caption_drop": 0.1},
+            {"shards": shards[0], "weight": 6, "caption_drop": 0.1},
             {"shards": shards[1], "weight": 1},
             {"shards": shards[2], "weight": 3, "share_prefix": True},
             {"shards": shards[3], "weight": 0.5},
@@ -67,7 +68,7 @@ def tuning(out: Path, model: Path, seed: int = 0) -> LanguageModelRecipe:
         "seed": seed,
         "length": 512,
         "batch_size": 4,
-        "steps": 1000,
+        "steps": 750,
         "lr": 2e-3,
         "schedule": "linear",
         "warmup": 20,
@@ -130,6 +131,7 @@ class Demo:
         said = {
             "pictures": PICTURES,
             "shots": SHOTS,
+            "asks": ASKS,
             "draw": DRAW,
             "candidates": CANDIDATES,
             "answer": ANSWER,
@@ -147,7 +149,7 @@ class Demo:
     def data(self) -> None:
         from unitok.data.scene_files import write_scenes
 
-        write_scenes(self.out / "data", pictures=PICTURES, captions=1, shots=SHOTS, seed=2)
+        write_scenes(self.out / "data", pictures=PICTURES, captions=1, shots=SHOTS, asks=ASKS, seed=2)
 
     def tokenize(self) -> None:
         from unitok.data.shards import summary_line, tokenize_each

@@ -92,19 +92,21 @@ def write_scenes(
     seed: int = 0,
     ordered: float | None = None,
     rounds: int = 0,
+    asks: int = 1,
 ) -> Path:
     """Write the folder; nothing is done where it stands already, made by the same arguments.
 
     pictures: how many in each split of SPLITS; captions: of each training picture; shots: interleaved documents;
     texts: sentences without pictures, and as many captions with what follows from them; where there are any, also the
     statements and choices about the training pictures that a base model learns from; ordered: of the training captions,
-    see `random_caption`; rounds: of findings about each training picture, see `statements.findings`.
+    see `random_caption`; rounds: of findings about each training picture, see `statements.findings`; asks: rounds of
+    questions about each training picture, of which each is asked once.
     Raises ValueError where `out` holds scenes made by other arguments.
     """
     out = Path(out)
     pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
     asked = {"setting": setting, "image_size": image_size, "pictures": pictures, "captions": captions, "shots": shots,
-             "texts": texts, "seed": seed, "ordered": ordered, "rounds": rounds}  # fmt: skip
+             "texts": texts, "seed": seed, "ordered": ordered, "rounds": rounds, "asks": asks}  # fmt: skip
     if (out / DONE).exists():
         made = read_json(out / DONE)
         for key, value in asked.items():
@@ -126,7 +128,7 @@ def write_scenes(
             _write(out / "eyes.jsonl", ({"image": name} for name in names))
         elif split == "train":
             _write_training(out, scenes, names, rng, captions=captions, shots=shots, texts=texts, setting=drawn_as,
-                            ordered=ordered, rounds=rounds)  # fmt: skip
+                            ordered=ordered, rounds=rounds, asks=asks)  # fmt: skip
         else:
             _write_scored(out, split, scenes, names, rng)
     write_json(out / DONE, asked)
@@ -181,6 +183,7 @@ def _write_training(
     setting: Setting,
     ordered: float | None,
     rounds: int,
+    asks: int,
 ) -> None:
     captioned = [
         (name, random_caption(scene, rng, ordered, related=setting.beside)[0])
@@ -193,7 +196,7 @@ def _write_training(
     by_reading = {name for name, _ in read}
     rows = (_ordered_row(name, text, "image") for name, text in captioned if name in by_reading)
     _write(out / "train_describe.jsonl", rows)
-    asked = [(name, scene, questions(scene, rng)) for name, scene in read]
+    asked = [(name, scene, _asked(scene, asks, rng)) for name, scene in read]
     _write(out / "train_questions.jsonl", (_question_row(n, q, s) for n, s, qs in asked for q in qs))
     if shots:
         _write(out / "train_shots.jsonl", (_shot_row(asked, rng) for _ in range(shots)))
@@ -214,6 +217,10 @@ def _write_training(
             _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
         found = ((name, text) for name, scene in read for text in truths(scene, rng))
         _write(out / "train_truths.jsonl", itertools.starmap(_found_row, found))
+
+
+def _asked(scene: Scene, rounds: int, rng: np.random.Generator) -> list[Question]:
+    return list({q.text: q for _ in range(rounds) for q in questions(scene, rng)}.values())
 
 
 def _write_scored(out, split: str, scenes, names, rng) -> None:
