@@ -62,7 +62,8 @@ Scores on validation scenes, each of which holds a held-out pair:
 | --- | --- | --- |
 {scores}
 """
-STEPS = "_words _lattice _free _beside _ordered _read _places _found _drawn _true _sides _bound _seen _worded".split() + [""]
+STEPS = ("_words", "_lattice", "_free", "_beside", "_ordered", "_read", "_places", "_found", "_drawn", "_true",
+         "_sides", "_bound", "_seen", "_worded", "")  # fmt: skip
 RECIPES = tuple(f"training/scenes_base{step}.yaml" for step in STEPS)
 HERE = Path("out/weights")  # where the recipes have everything
 
