@@ -36,7 +36,7 @@ from unitok.vocab import JointVocab
 ANSWER_TOKENS = 24
 TEXT_TOKENS = 64
 BATCH = 256  # rows of one decode loop
-LIKES_DRAWN = 0.1  # how much of a candidate's likelihood as a drawing counts beside its reading
+LIKES_DRAWN = 0.6  # how much of a candidate's likelihood as a drawing counts beside its reading
 PICTURES = 128  # pictures encoded or decoded at once
 
 
