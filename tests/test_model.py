@@ -161,7 +161,7 @@ def test_of_several_candidates_the_one_that_is_liked_best_is_kept(model):
         model.images(prompts, candidates=0)
 
 
-def test_a_candidate_is_liked_by_its_reading_and_a_little_by_its_drawing(model):
+def test_a_candidate_is_liked_by_its_reading_and_by_its_drawing(model):
     blocks, likes = model._drawn(["a red circle"], [3], 2, weights.NAME)
     for (name, codes, grid), like in zip(blocks, likes[0], strict=True):
         picture, text = codes_part(codes.astype(np.int32), grid, name), text_part("a red circle")
@@ -173,7 +173,7 @@ def test_a_candidate_is_liked_by_its_reading_and_a_little_by_its_drawing(model):
                 logp = model.lm(ids[None]).logits[0, :-1].log_softmax(-1)
             counts = torch.from_numpy(rendered.modality == modality)[1:]
             sums.append(logp.gather(1, ids[1:, None])[counts].sum().item())
-        assert like == pytest.approx(sums[0] + 0.1 * sums[1], abs=1e-3)
+        assert like == pytest.approx(sums[0] + unitok.model.LIKES_DRAWN * sums[1], abs=1e-3)
 
 
 def test_of_several_image_tokenizers_one_serves(scene_model, tmp_path, pictures):

@@ -206,7 +206,7 @@ class UnifiedModel:
         """`count` pictures of every prompt, each with how well the model likes it; seeds: one a prompt.
 
         The measure is ln p(prompt | picture) + LIKES_DRAWN ln p(picture | prompt), in nats: what the picture says when
-        the model reads it, and a little of how it was drawn. It needs no other network. decode: as `images` takes it.
+        the model reads it, and less of how it was drawn. It needs no other network. decode: as `images` takes it.
         """
         blocks, likes = self._drawn(prompts, [_seed(int(s), 0) for s in seeds], count, self._name(tokenizer), **decode)
         drawn = self.pictures(blocks, seeds=[s for s in seeds for _ in range(count)])
