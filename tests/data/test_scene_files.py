@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -42,19 +43,12 @@ def test_no_training_file_names_a_held_out_pair(folder):
 
 def test_what_reads_a_picture_of_two_things_could_have_their_colours_exchanged(folder):
     seen = 0
+    captions = {row["image"]: row["text"] for row in rows(folder, "train_captions")}
     for name in ("describe", "questions", "findings", "bindings"):
-        by_image = {}
-        for row in rows(folder, f"train_{name}"):
-            image = row.get("image") or next(part["image"] for part in row["parts"] if part["type"] == "image")
-            by_image.setdefault(image, []).append(row)
-        captions = {row["image"]: row["text"] for row in rows(folder, "train_captions")}
-        for image in by_image:
-            words = captions[image].replace("small ", "").replace("large ", "").split()
-            things = [
-                (words[i + 1], w)
-                for i, w in enumerate(words)
-                if w in COLOURS and words[i + 1 :][:1] and words[i + 1] in SHAPES
-            ]
+        found = rows(folder, f"train_{name}")
+        for image in {row.get("image") or next(p["image"] for p in row["parts"] if "image" in p) for row in found}:
+            words = captions[image].split()
+            things = [(b, a) for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES]
             if len(things) == 2:
                 (a, x), (b, y) = things
                 seen += 1

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -103,7 +103,8 @@ def second_process(command: Sequence[str]) -> Iterator[None]:
         if other.wait(ENDING_S):
             raise ValueError("the second process of the training failed, and says why above")
     except KeyboardInterrupt:
-        other.wait(ENDING_S)  # both have agreed to stop
+        with suppress(subprocess.TimeoutExpired):
+            other.wait(ENDING_S)  # both have agreed to stop
         raise
     finally:
         other.kill()
