@@ -227,6 +227,7 @@ class LanguageModelRecipe(Section):
     samples: Samples = Samples()
     image_weight: float = Field(1.0, ge=0)
     text_weight: float = Field(1.0, ge=0)
+    image_noise: float = Field(0.0, ge=0, le=1)  # up to this share of what is seen of a learnt picture is not its own
 
 
 class ClipRecipe(Section):

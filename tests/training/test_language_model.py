@@ -233,7 +233,9 @@ def test_scalars_and_samples_reach_tensorboard_and_samples_change_nothing(folder
 # --- stopping and going on
 
 
-DROPOUT = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}, "sample_every": 1, "checkpoint_every": 4}
+DROPOUT = {
+    "lora": {"rank": 4, "alpha": 8, "dropout": 0.3}, "image_noise": 0.5, "sample_every": 1, "checkpoint_every": 4,
+}  # fmt: skip
 
 
 def test_a_killed_run_goes_on_in_another_process_with_the_same_losses(folder):
@@ -302,11 +304,14 @@ def test_what_does_not_fit_is_refused_in_one_line(folder):
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(folder):
-    one = train(recipe(folder, batch_size=4), **QUIET)
-    two = train(recipe(folder, batch_size=1, accumulate=4, out=str(folder / "two")), **QUIET)
+    one = train(recipe(folder, batch_size=4, image_noise=0.5), **QUIET)
+    two = train(recipe(folder, batch_size=1, accumulate=4, image_noise=0.5, out=str(folder / "two")), **QUIET)
     np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-5)
-    less_memory = train(recipe(folder, gradient_checkpointing=True, out=str(folder / "three")), **QUIET)
+    changes = {"gradient_checkpointing": True, "image_noise": 0.5}
+    less_memory = train(recipe(folder, **changes, out=str(folder / "three")), **QUIET)
     np.testing.assert_allclose(list(losses(less_memory).values()), list(losses(one).values()), rtol=1e-5)
+    without = train(recipe(folder, out=str(folder / "four")), **QUIET)
+    assert losses(without)[12] != losses(one)[12]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
@@ -325,7 +330,7 @@ def test_deepspeed_trains_the_same_without_a_compiler(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
 @pytest.mark.parametrize("stage", [None, 2])
 def test_two_processes_train_as_one(folder, stage):
-    changes = {"batch_size": 2, "method": "full" if stage is None else "lora"}
+    changes = {"batch_size": 2, "method": "full" if stage is None else "lora", "image_noise": 0.5}
     deep = {"deepspeed": str(REPO / f"training/deepspeed/zero{stage}.json")} if stage else {}
     two = run(folder, changes | deep, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert two.returncode == 0, two.stderr

@@ -44,10 +44,13 @@ class PackedBatch:
     def to(self, device) -> PackedBatch:
         return PackedBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-    def inputs(self) -> dict[str, object]:
-        """Arguments of a Hugging Face causal LM under which no document sees another, and no branch another."""
+    def inputs(self, masked: bool = True) -> dict[str, object]:
+        """Arguments of a Hugging Face causal LM under which no document sees another, and no branch another.
+
+        masked=False: of one whose attention keeps branches apart without a mask.
+        """
         inputs: dict[str, object] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
-        if self.branch.any():
+        if masked and self.branch.any():
             inputs["attention_mask"] = self.mask()
         return inputs
 

@@ -34,15 +34,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from unitok.checkpoint import load_weights, open_folder, read_json, save_weights, write_atomic, write_json
 from unitok.config import LanguageModelRecipe
-from unitok.data.packing import IGNORE, PackedBatch, Stream
+from unitok.data.packing import IGNORE, PackedBatch, Store, Stream
 from unitok.data.render import IMAGE, TEXT, Template
 from unitok.lm.adapters import CONFIG as ADAPTER_CONFIG
 from unitok.lm.adapters import add_adapter, is_adapter
 from unitok.lm.expand import copy_image_parts, open_lm
 from unitok.lm.text import copy_text_tokenizer, load_text_tokenizer
 from unitok.manifest import FILE, Manifest
+from unitok.training import attention
 from unitok.training.launch import Processes
-from unitok.training.mixture import Mixture, read_mixture
+from unitok.training.mixture import read_mixture
+from unitok.training.noise import Noise
 from unitok.vocab import JointVocab
 
 STREAM, STATE, RECIPE, LOG = "stream.json", "trainer_state.json", "recipe.json", "log.jsonl"
@@ -68,8 +70,7 @@ def train(
     """
     torch.set_flush_denormal(True)  # before the first operation: moments that fade out would slow a CPU down
     with Processes(recipe.deepspeed) as processes:
-        if not processes.main:
-            log = _silent
+        log = log if processes.main else _silent
         run = _Run(recipe, processes, log)
         if not resume and processes.main:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -133,7 +134,8 @@ class _Run:
         model = self._model(vocab)
         state = read_json(checkpoint[1] / STREAM) if checkpoint else None
         stream = Stream(mixture.store.lengths, mixture.sources, recipe.length, recipe.seed, state=state)
-        batches = _Batches(mixture, stream, recipe, self.processes)
+        noise = Noise(mixture.store, vocab, recipe.image_noise, recipe.seed)
+        batches = _Batches(mixture.store, stream, recipe, self.processes, noise)
         trainer = _Trainer(recipe, self.processes, model, batches, self.checkpoints)
         monitor = _Monitor(recipe, self.processes, trainer, sampler, log, self.out, checkpoint[0] if checkpoint else 0)
         trainer.monitor = monitor
@@ -213,17 +215,19 @@ class Step(NamedTuple):
 class _Batches:
     """What the Trainer iterates: this process's batches, cut from rows that every process plans alike."""
 
-    def __init__(self, mixture: Mixture, stream: Stream, recipe: LanguageModelRecipe, processes: Processes):
-        self.store, self.stream, self.recipe, self.processes = mixture.store, stream, recipe, processes
-        self.weights = mixture.store.loss_weights()
+    def __init__(self, store: Store, stream: Stream, recipe: LanguageModelRecipe, processes: Processes, noise: Noise):
+        self.store, self.stream, self.recipe, self.processes, self.noise = store, stream, recipe, processes, noise
+        self.weights = store.loss_weights()
 
     def __iter__(self) -> Iterator[Step]:
         size, world = self.recipe.batch_size, self.processes.world
         while True:
+            key = self.stream.number, self.stream.row
             rows = self.stream.take(size * world * self.recipe.accumulate)
             total = float(sum(self.weights[row].sum() for row in rows))
             for part in range(self.processes.rank, world * self.recipe.accumulate, world):
                 batch = self.store.batch(rows[part * size : (part + 1) * size], self.recipe.length)
+                self.noise(batch, key, part * size)
                 chosen = torch.nonzero(batch.labels.flatten() != IGNORE).flatten()
                 yield Step(batch, chosen, total)
 
@@ -294,6 +298,7 @@ class _Trainer(Trainer):
         )
         self.recipe, self.processes, self.batches = recipe, processes, batches
         self.chosen = ChosenPositions(model)
+        self.by_document = attention.use(model)
         self.monitor: Any = None  # a _Monitor, from when training begins
         super().__init__(model=model, args=args)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -328,16 +333,17 @@ class _Trainer(Trainer):
     def training_step(self, model, inputs: Step, num_items_in_batch=None) -> Tensor:  # type: ignore[override]
         if not model.training:
             model.train()
-        loss = self.compute_loss(model, inputs.to(self.args.device))
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
-        loss = loss.detach()
+        inputs = inputs.to(self.args.device)
+        with attention.documents(inputs.batch) if self.by_document else contextlib.nullcontext():
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         if loss.device.type == "cpu":  # elsewhere the log looks, and nothing waits in between
             self._check_finite(loss.item())
-        return loss
+        return loss.detach()
 
     def compute_loss(self, model, inputs: Any, return_outputs: bool = False, num_items_in_batch=None):  # inputs: a Step
         with self.chosen(inputs.chosen):
-            outputs = model(**inputs.batch.inputs())
+            outputs = model(**inputs.batch.inputs(masked=not self.by_document))
         loss, losses, modality = step_loss(outputs.logits[0], inputs)
         self.sums.index_add_(0, modality, torch.stack([losses, torch.ones_like(losses)], dim=1))
         loss = loss * self.processes.world  # gradients are averaged over processes
