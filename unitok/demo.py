@@ -29,8 +29,8 @@ from unitok.config import DataSource, LanguageModelRecipe, make_recipe
 from unitok.stages import Stage, run_stages
 
 BASE = ASSETS / "scenes"
-PICTURES = {"train": 8000, "validation": 100, "test": 500}
-SHOTS = 4000  # interleaved documents
+PICTURES = {"train": 6000, "validation": 100, "test": 500}
+SHOTS = 1000  # interleaved documents
 ASKS = 4  # rounds of questions about a training picture
 SOURCES = ("train_draw", "train_describe", "train_questions", "train_shots")
 DRAW = {"guidance": 1.5, "temperature": 0.7}  # chosen on validation scenes: benchmarks/NOTES.md
