@@ -20,13 +20,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from unitok.checkpoint import ASSETS, config_hash, read_json, write_json
 from unitok.config import DataSource, LanguageModelRecipe, make_recipe
-from unitok.stages import Stage, run_stages
+from unitok.stages import Stage, beside, run_stages
+
+if TYPE_CHECKING:
+    from unitok.eval.results import Score
 
 BASE = ASSETS / "scenes"
 PICTURES = {"train": 6000, "validation": 100, "test": 500}
@@ -194,48 +199,74 @@ class Demo:
 
     def _score(self, folder: Path, label: str) -> None:
         """Scores of a model folder into LABEL/scores.json; before tuning only what is printed beside the later ones."""
-        from unitok.eval import captions, images, text_to_image, vqa
         from unitok.eval.results import write_results
-        from unitok.eval.rows import load_rows, subset
-        from unitok.model import load
 
         data, place, after = self.out / "data", self.out / label, label == "after"
-        decode = ANSWER if after else None  # a base that was never asked has no habit of answers to be guided off
-        model = load(folder)
+        with beside(partial(score_texts, folder, data, place, after, QUESTIONS)) as texts:
+            scores, lines = score_pictures(folder, data, place, after)
+            more, others = texts()
+        for line in lines + others:
+            self.console.print(f"  {line}", highlight=False)
+        write_results(place / "scores.json", scores + more)
 
-        def sources(name: str) -> list[DataSource]:
-            return [DataSource(path=str(data / name))]
 
-        prompts = text_to_image.load_prompts(sources("test_prompts.jsonl"))
-        with self._step("pictures of held-out pairs"):
-            draw = {**DRAW, "candidates": CANDIDATES} if after else DRAW
-            scores = text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=draw, out=place / "images")
-        questions = subset(load_rows(sources("test_questions.jsonl"), "question"), QUESTIONS, 0)
-        train = load_rows(sources("train_questions.jsonl"), "question")
-        arms = {0: ("blind", "majority", "no_image", "shuffled_images"), 1: (), 4: ("permuted_shots",)}
-        for shots, beside in arms.items() if after else ((0, ()),):
-            with self._step(f"questions, {shots} shots"):
-                scores += vqa.evaluate(
-                    model, subset(questions, SHOT_QUESTIONS, 0) if shots else questions, train, shots=shots,
-                    mode="exact", baselines=beside, batch_size=BATCH, breakdown=("kind", "objects"), decode=decode,
-                    name=f"vqa_{shots}shot", replies=place / f"vqa_{shots}shot.jsonl",
-                )  # fmt: skip
-        shown = load_rows(sources("test_captions.jsonl"), "caption")
-        with self._step("captions"):
-            replies = place / "captions.jsonl"
-            scores += captions.evaluate(model, shown, batch_size=BATCH, decode=decode, replies=replies)
-        if after:
-            with self._step("reconstructions"):
-                pictures = [{"id": row["id"], "image": row["image"]} for row in shown]
-                made = images.evaluate(model.image_tokenizer, pictures, sheet=place / "reconstructions.png")
-                scores += [replace(score, name=f"reconstruction_{score.name}") for score in made]
-        write_results(place / "scores.json", scores)
+def score_pictures(folder: Path, data: Path, place: Path, after: bool) -> tuple[list[Score], list[str]]:
+    """Scores of the pictures that a model draws, and after tuning of its tokenizer's; lines that say what took long."""
+    from unitok.eval import images, text_to_image
+    from unitok.eval.rows import load_rows
+    from unitok.model import load
 
-    @contextlib.contextmanager
-    def _step(self, what: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.console.print(f"  {what}: {time.perf_counter() - begun:.0f} s", highlight=False)
+    model = load(folder)
+    lines: list[str] = []
+    prompts = text_to_image.load_prompts(_source(data, "test_prompts"))
+    with _step("pictures of held-out pairs", lines):
+        draw = {**DRAW, "candidates": CANDIDATES} if after else DRAW
+        scores = text_to_image.evaluate(model, prompts, batch_size=BATCH, decode=draw, out=place / "images")
+    if after:
+        with _step("reconstructions", lines):
+            shown = load_rows(_source(data, "test_captions"), "caption")
+            pictures = [{"id": row["id"], "image": row["image"]} for row in shown]
+            made = images.evaluate(model.image_tokenizer, pictures, sheet=place / "reconstructions.png")
+            scores += [replace(score, name=f"reconstruction_{score.name}") for score in made]
+    return scores, lines
+
+
+def score_texts(folder: Path, data: Path, place: Path, after: bool, count: int) -> tuple[list[Score], list[str]]:
+    """Scores of the answers to `count` questions and of the captions that a model writes; lines as above."""
+    from unitok.eval import captions, vqa
+    from unitok.eval.rows import load_rows, subset
+    from unitok.model import load
+
+    decode = ANSWER if after else None  # a base that was never asked has no habit of answers to be guided off
+    model = load(folder)
+    lines: list[str] = []
+    scores: list[Score] = []
+    questions = subset(load_rows(_source(data, "test_questions"), "question"), count, 0)
+    train = load_rows(_source(data, "train_questions"), "question")
+    arms = {0: ("blind", "majority", "no_image", "shuffled_images"), 1: (), 4: ("permuted_shots",)}
+    for shots, others in arms.items() if after else ((0, ()),):
+        with _step(f"questions, {shots} shots", lines):
+            scores += vqa.evaluate(
+                model, subset(questions, SHOT_QUESTIONS, 0) if shots else questions, train, shots=shots,
+                mode="exact", baselines=others, batch_size=BATCH, breakdown=("kind", "objects"), decode=decode,
+                name=f"vqa_{shots}shot", replies=place / f"vqa_{shots}shot.jsonl",
+            )  # fmt: skip
+    with _step("captions", lines):
+        shown = load_rows(_source(data, "test_captions"), "caption")
+        replies = place / "captions.jsonl"
+        scores += captions.evaluate(model, shown, batch_size=BATCH, decode=decode, replies=replies)
+    return scores, lines
+
+
+def _source(data: Path, name: str) -> list[DataSource]:
+    return [DataSource(path=str(data / f"{name}.jsonl"))]
+
+
+@contextlib.contextmanager
+def _step(what: str, lines: list[str]) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    lines.append(f"{what}: {time.perf_counter() - begun:.0f} s")
 
 
 def named_scores(before: list[dict], after: list[dict]) -> list[dict]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -14,6 +19,7 @@ from unitok.checkpoint import read_json, write_json
 FILE = "stages.json"
 
 Stage = Callable[[], Any]
+T = TypeVar("T")
 
 
 def run_stages(out: Path, stages: Mapping[str, Stage], asked: str, seconds: dict[str, float], console: Console) -> None:
@@ -36,3 +42,34 @@ def run_stages(out: Path, stages: Mapping[str, Stage], asked: str, seconds: dict
         seconds[name] = done[name] = round(time.perf_counter() - begun, 1)
         write_json(state, {**done, "asked": asked})
         console.print(f"[dim]{name:{width}} {done[name]:.0f} s[/dim]")
+
+
+@contextmanager
+def beside(call: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Begin `call`, a module's function or a `partial` of one, beside what stands inside; what is given waits for it.
+
+    In a process of its own where two processes pay, each of half the threads; else only when it is waited for. It draws
+    no bars: those of what stands inside have the terminal.
+    """
+    import torch
+
+    from unitok.training.launch import two_pay
+
+    if not two_pay():
+        yield call
+        return
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads // 2,)) as pool:
+        made = pool.submit(call)
+        torch.set_num_threads(threads // 2)
+        try:
+            yield made.result
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    sys.stderr = open(os.devnull, "w")  # errors come back by themselves
