@@ -27,6 +27,7 @@ from unitok.data.schema import Part
 TEXT, IMAGE, CONTROL = 0, 1, 2  # modality of an id: text, image code (or word of a text tokenizer), image control
 _ASK, _REPLY = ("question", "user"), ("answer", "assistant")
 _MEMO = 1 << 16  # encoded texts kept a text tokenizer
+_BLOCKS = 64  # pictures' ids kept
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,7 @@ class _Pieces:
         elif part.codes is not None and part.words is None:
             if self.vocab is None:
                 raise ValueError("the document has an image but the model has no image vocabulary; expand it first")
-            name = self.vocab.resolve(part.tokenizer)
-            ids = np.asarray(self.vocab.to_ids(np.asarray(part.codes), part.grid, name))
-            modality = np.where(np.asarray(self.vocab.slots(name, part.grid)) < 0, IMAGE, CONTROL)
-            self.pieces.append(_Piece("image", "", ids, modality, bool(part.loss), key))
+            self.pieces.append(_Piece("image", "", *self.encoder.block(self.vocab, part), bool(part.loss), key))
         elif part.words is not None:
             self.text(self.template.image_prefix, part.loss, key + "/prefix", CONTROL)
             self.text(part.words, part.loss, key + "/words", IMAGE)
@@ -318,6 +316,8 @@ class _Encoder:
         names = sorted(self.added, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self.memo: dict[tuple[str | None, str], np.ndarray] = {}
+        self.vocab: Any = None  # that of the blocks
+        self.blocks: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def of(cls, text_tokenizer) -> _Encoder:
@@ -335,6 +335,18 @@ class _Encoder:
                 self.memo.clear()
             out = self.memo[before, text] = np.asarray(self._behind(text, before), np.int64)
         return out
+
+    def block(self, vocab, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and modality of a picture's codes; a few are kept, since documents in a row often show the same picture."""
+        if self.vocab is not vocab or len(self.blocks) >= _BLOCKS:
+            self.vocab, self.blocks = vocab, {}
+        codes = np.asarray(part.codes)
+        key = (part.tokenizer, part.grid, codes.dtype.str, codes.shape, codes.tobytes())
+        if key not in self.blocks:
+            name = vocab.resolve(part.tokenizer)
+            modality = np.where(np.asarray(vocab.slots(name, part.grid)) < 0, IMAGE, CONTROL)
+            self.blocks[key] = np.asarray(vocab.to_ids(codes, part.grid, name)), modality
+        return self.blocks[key]
 
     def _behind(self, text: str, before: str | None) -> list[int]:
         if before is not None and before in self.added and not self.pattern.search(text):
