@@ -337,7 +337,7 @@ class _Encoder:
         return out
 
     def block(self, vocab, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and modality of a picture's codes; a few are kept, since documents in a row often show the same picture."""
+        """Ids and modality of a picture's codes; a few are kept, for documents in a row often show the same one."""
         if self.vocab is not vocab or len(self.blocks) >= _BLOCKS:
             self.vocab, self.blocks = vocab, {}
         codes = np.asarray(part.codes)
