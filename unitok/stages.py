@@ -69,7 +69,7 @@ def beside(call: Callable[[], T]) -> Iterator[Callable[[], T]]:
 
 
 def _begin(threads: int) -> None:
-    import torch
+    from unitok.data.shards import begin_worker
 
-    torch.set_num_threads(threads)
+    begin_worker(threads)
     sys.stderr = open(os.devnull, "w")  # errors come back by themselves

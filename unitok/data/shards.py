@@ -15,8 +15,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate, chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -88,15 +89,24 @@ def tokenize_each(
     jobs: Sequence[tuple[str | Path, str | Path]], tokenizer: str | Path, *, name: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """`tokenize` of several (data, out), two at a time in processes of one thread each; the counts in their order."""
-    with ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn"), begin_worker) as pool:
         for done in [pool.submit(tokenize, data, tokenizer, out, name=name) for data, out in jobs]:
             yield done.result()
 
 
-def _one_thread() -> None:
+def begin_worker(threads: int = 1) -> None:
+    """What a process of a pool does first: it takes so many threads, and ends with the process that wants its work."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
