@@ -56,11 +56,18 @@ class PackedBatch:
 
     def mask(self) -> Tensor:
         """float32 [B, 1, T, T] to add to attention scores: eager attention takes no boolean one."""
-        same = self.document[:, :, None] == self.document[:, None, :]
-        seen = (self.branch[:, None, :] == 0) | (self.branch[:, :, None] == self.branch[:, None, :])
-        allowed = (same & seen).tril()  # [B, T, T]
-        hidden = torch.finfo(torch.float32).min
-        return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, hidden)[:, None]
+        same = self.document[:, :, None] == self.document[:, None, :]  # [B, T, T]
+        return additive(same & seen(self.branch))[:, None]
+
+
+def seen(branch: Tensor) -> Tensor:
+    """int64 [..., L], the branches of one document -> bool [..., L, L], what each of its ids sees."""
+    return ((branch[..., None, :] == 0) | (branch[..., :, None] == branch[..., None, :])).tril()
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """bool mask -> float32 of its shape, to add to attention scores."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
 
 
 class Branched(NamedTuple):

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from unitok.data.packing import PackedBatch
+from unitok.data.packing import PackedBatch, additive, seen
 
 NAME = "unitok_documents"
 
@@ -68,19 +68,8 @@ def cut(batch: PackedBatch) -> Cuts:
     begins = torch.nonzero(starts.flatten()).flatten().tolist()
     lengths = [end - begin for begin, end in zip(begins, [*begins[1:], document.numel()], strict=True)]
     positions, branches = (column.flatten().split(lengths) for column in (batch.positions, batch.branch))
-    return Cuts(lengths, list(positions), [_branches(branch) for branch in branches])
-
-
-def _branches(branch: Tensor) -> Tensor | None:
-    """What the branches [L] of one document may not see."""
-    if not branch.any():
-        return None
-    return _hiding(~((branch[None] == 0) | (branch[:, None] == branch[None])).tril())
-
-
-def _hiding(hidden: Tensor) -> Tensor:
-    """bool [L, L] -> float32 [1, 1, L, L] to add to scores."""
-    return torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)[None, None]
+    masks = [additive(seen(branch))[None, None] if branch.any() else None for branch in branches]
+    return Cuts(lengths, list(positions), masks)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -108,6 +97,6 @@ def _attention(
 def _within(window: int, positions: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of a document of which an id sees itself and window - 1 before it."""
     if mask is None:
-        mask = _hiding(positions[:, None] < positions[None])
-    far = positions[:, None] - positions[None] >= window  # [L, L]
-    return mask.masked_fill(far, torch.finfo(torch.float32).min)
+        mask = additive(seen(torch.zeros_like(positions)))[None, None]
+    near = positions[:, None] - positions[None] < window  # [L, L]
+    return torch.minimum(mask, additive(near))
