@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 
@@ -54,6 +55,16 @@ def test_what_reads_a_picture_of_two_things_could_have_their_colours_exchanged(f
                 seen += 1
                 assert not {(a, y), (b, x)} & HELD_OUT, (name, image)
     assert seen > 20
+
+
+def test_at_fixed_places_things_are_found_in_one_order_of_words(folder, tmp_path):
+    def said(where, name):
+        return [row["parts"][2]["text"] for row in rows(where, f"train_{name}")]
+
+    fixed = write_scenes(tmp_path, setting="beside", pictures={"train": 60}, rounds=1)
+    for name, order in (("places", r"seen from .*"), ("bindings", r"the \w+( object)? is .*")):
+        assert said(fixed, name) and all(re.fullmatch(order, text) for text in said(fixed, name))
+        assert any(not re.fullmatch(order, text) for text in said(folder, name))
 
 
 def test_what_is_given_is_not_learnt(folder):

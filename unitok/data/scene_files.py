@@ -37,6 +37,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,9 @@ def _write_training(
     if rounds:
         found = ((name, text) for name, scene in read for text in findings(scene, rng, rounds))
         _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
-        for file, said in (("places", places), ("sides", sides), ("bindings", bindings)):
+        worded = not setting.beside  # at fixed places things are found in one order of words first
+        kinds = {"places": partial(places, worded=worded), "sides": sides, "bindings": partial(bindings, worded=worded)}
+        for file, said in kinds.items():
             found = ((name, text) for name, scene in read for text in said(scene))
             _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
         found = ((name, text) for name, scene in read for text in truths(scene, rng))

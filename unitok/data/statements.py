@@ -6,6 +6,7 @@ They are drawn from the questions of `scenes.py` and their answers, and name no 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -64,11 +65,18 @@ def of_which(q: Question) -> str:
     return finding(q)  # count and yes/no have one order
 
 
-def places(scene: Scene) -> list[str]:
-    """Where each thing is, seen from each other one, in every wording; no held-out pair is named."""
+def places(scene: Scene, worded: bool = True) -> list[str]:
+    """Where each thing is, seen from each other one, however it is named; no held-out pair is.
+
+    worded: in the order of a question's words, too.
+    """
     things = itertools.permutations(scene.things, 2)
-    asked = [q for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))]
-    return [*{said: None for q in asked for said in (finding(q), of_which(q))}]
+    return _said((q for a, b in things for q in wheres(scene, a, b, set(TRAIN_PAIRS))), worded)
+
+
+def _said(asked: Iterable[Question], worded: bool) -> list[str]:
+    orders = (finding, of_which) if worded else (finding,)
+    return [*{order(q): None for q in asked for order in orders}]
 
 
 def _looks(scene: Scene) -> list[Question]:
@@ -89,16 +97,17 @@ def sides(scene: Scene) -> list[str]:
     return [f"the {name} is {what}" for name, t in seen for what in (t.colour, f"a {t.shape}")]
 
 
-def bindings(scene: Scene) -> list[str]:
+def bindings(scene: Scene, worded: bool = True) -> list[str]:
     """Which colour each of two things of a training scene has, named by its shape, and which shape, by its colour.
 
     Only where the words do not tell already: the two differ in both, and exchanging them names no held-out pair.
+    worded: as in `places`.
     """
     if len(scene.things) != 2:
         return []
     a, b = scene.things
     alike = a.shape == b.shape or a.colour == b.colour
-    return [] if alike or told(scene) else [said for q in _looks(scene) for said in (finding(q), of_which(q))]
+    return [] if alike or told(scene) else _said(_looks(scene), worded)
 
 
 def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
