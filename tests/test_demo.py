@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from unitok import demo
+from unitok.checkpoint import load_weights, save_weights
 from unitok.config import load_recipe
 from unitok.demo import DEEPSPEED, named_scores, tuning
 
@@ -68,6 +71,19 @@ def test_the_main_job_runs_resumes_and_reports(scene_model, tmp_path):
     stamp = (out / "report.html").stat().st_mtime_ns
     again = small_demo(scene_model, out)
     assert again.returncode == 0 and (out / "report.html").stat().st_mtime_ns == stamp
+
+
+def test_a_demo_may_move_and_another_base_is_another_demo(scene_model, tmp_path, monkeypatch):
+    def asked(base, out):
+        monkeypatch.setattr(demo, "BASE", base)
+        return demo.Demo(out)._asked()
+
+    moved, other = (shutil.copytree(scene_model, tmp_path / name) for name in ("moved", "other"))
+    weights = load_weights(other / "model.safetensors")
+    save_weights(other / "model.safetensors", {name: tensor + 1 for name, tensor in weights.items()})
+    here = asked(scene_model, tmp_path / "a")
+    assert asked(moved, tmp_path / "b") == here != asked(other, tmp_path / "a")
+    assert demo.Demo(tmp_path / "a", from_scratch=True)._asked() != here
 
 
 def test_the_recipe_for_use_by_hand_is_the_demos():

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from unitok.checkpoint import ASSETS, config_hash, read_json, write_json
+from unitok.checkpoint import ASSETS, config_hash, file_sha256, write_json
 from unitok.config import DataSource, LanguageModelRecipe, make_recipe
 from unitok.stages import Stage, beside, run_stages
 
@@ -131,8 +131,10 @@ class Demo:
         return report
 
     def _asked(self) -> str:
-        recipe = tuning(self.out, self.base).model_dump(mode="json")
-        base = None if self.from_scratch else read_json(self.base / "unitok.json")
+        """What decides the result, wherever folders lie: another base with the same manifest is another demo."""
+        recipe = tuning(Path("out"), Path("base")).model_dump(mode="json")
+        files = () if self.from_scratch else ("unitok.json", "model.safetensors")
+        base = [file_sha256(self.base / file) for file in files]
         said = {
             "pictures": PICTURES,
             "shots": SHOTS,

@@ -116,16 +116,21 @@ def write_llm(out: Path, seed: int = 0) -> None:
 
 
 def make_documents(out: Path) -> None:
-    from unitok.data.shards import summary_line, tokenize_each
+    from unitok.data.shards import summary_line, tokenize_each, workers
 
     write_scenes(out / "data", pictures={"validation": SCORED}, seed=1)
-    for folder, asked in DOCUMENTS.items():
-        pictures = {"train": asked["pictures"]}
-        write_scenes(out / "documents" / folder, **{**asked, "pictures": pictures}, captions=2)
+    with workers() as pool:
+        largest_first = sorted(DOCUMENTS, key=lambda folder: -DOCUMENTS[folder]["pictures"])
+        list(pool.map(_write_documents, (out / "documents" / folder for folder in largest_first)))
     wanted = sorted({shards for recipe in map(_recipe, RECIPES) for shards in _shards(recipe, out)})
     jobs = [(out / "documents" / shards.parent.name / f"{shards.name}.jsonl", shards) for shards in wanted]
     for shards, summary in zip(wanted, tokenize_each(jobs, out / "tokenizer", name=NAME), strict=True):
         print(f"{shards.parent.name} {shards.name}: {summary_line(summary)}")
+
+
+def _write_documents(folder: Path) -> None:
+    asked = DOCUMENTS[folder.name]
+    write_scenes(folder, **{**asked, "pictures": {"train": asked["pictures"]}}, captions=2)
 
 
 def make_base(out: Path) -> None:

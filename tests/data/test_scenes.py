@@ -96,6 +96,8 @@ def test_two_things_beside_each_other_stand_in_the_middles_of_halves():
     for scene in draw(200, SETTINGS["beside"]):
         places = {(t.x, t.y) for t in scene.things}
         assert places in ({(8, 16), (24, 16)}, {(16, 8), (16, 24)})
+    alone = [scene.things[0] for scene in draw(200, SETTINGS["placed"]) if len(scene.things) == 1]
+    assert 60 < len(alone) < 140 and {(t.x, t.y) for t in alone} == {(16, 16)}
 
 
 @pytest.mark.parametrize(("ordered", "related"), [(None, False), (0.8, False), (0.8, True), (1.0, True)])

@@ -1,6 +1,6 @@
 """Scenes as an ordinary folder of pictures and JSON lines, in the row forms that every other data set has.
 
-    python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice|beside] [--pictures N ...]
+    python -m unitok.data.scene_files OUT [--setting demo|full|base|lattice|beside|placed] [--pictures N ...]
     python -m unitok.data.scene_files OUT --readings
 
     images/SPLIT/*.png
@@ -187,7 +187,7 @@ def _write_training(
     asks: int,
 ) -> None:
     captioned = [
-        (name, random_caption(scene, rng, ordered, related=setting.beside)[0])
+        (name, random_caption(scene, rng, ordered, related=setting.related)[0])
         for scene, name in zip(scenes, names, strict=True)
         for _ in range(captions)
     ]

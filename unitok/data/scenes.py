@@ -79,7 +79,9 @@ class Setting:
     """Which scenes are drawn: `counts[i]` is the share of pictures with i + 1 things.
 
     step: centres stand on multiples of it, in pixels of the picture; 1 leaves them free.
-    beside: the two things of a picture stand left and right or above and below, each in the middle of its half.
+    beside: the two things of a picture stand left and right or above and below, each in the middle of its half, and
+    one alone in the middle.
+    related: captions of two things always say how they stand to each other.
     """
 
     counts: tuple[float, ...] = (0.5, 0.5)
@@ -87,14 +89,16 @@ class Setting:
     image_size: int = REFERENCE_SIZE
     step: int = 1
     beside: bool = False
+    related: bool = False
 
 
 DEMO = Setting()
 FULL = Setting(counts=(0.34, 0.33, 0.33), backgrounds=tuple(BACKGROUNDS))
 BASE = Setting(counts=(0.35, 0.65))
 LATTICE = Setting(counts=(0.35, 0.65), step=4)
-BESIDE = Setting(counts=(0.0, 1.0), beside=True)
-SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE, "beside": BESIDE}
+BESIDE = Setting(counts=(0.0, 1.0), beside=True, related=True)
+PLACED = Setting(beside=True)
+SETTINGS = {"demo": DEMO, "full": FULL, "base": BASE, "lattice": LATTICE, "beside": BESIDE, "placed": PLACED}
 
 
 # ---------------------------------------------------------------- drawing
@@ -173,7 +177,7 @@ def random_scene(
             if len(set(chosen)) < count:
                 continue
         things: list[Thing] = []
-        places = _halves(rng, n) if setting.beside else [None] * count
+        places = _middles(rng, n, count) if setting.beside else [None] * count
         for (shape, colour), place in zip(chosen, places, strict=True):
             size = ("small", "large")[int(rng.integers(2))]
             edge = int(np.ceil(radius(size, n))) + 1
@@ -186,9 +190,11 @@ def random_scene(
             return Scene(tuple(things), setting.backgrounds[int(rng.integers(len(setting.backgrounds)))], n)
 
 
-def _halves(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
-    """The middles of the left and right half or of the upper and lower one, in a drawn order."""
+def _middles(rng: np.random.Generator, n: int, count: int) -> list[tuple[int, int]]:
+    """The middles of the left and right half or of upper and lower, in a drawn order; of one thing, of the picture."""
     near, middle, far = n // 4, n // 2, 3 * n // 4
+    if count == 1:
+        return [(middle, middle)]
     both = [(near, middle), (far, middle)] if rng.random() < 0.5 else [(middle, near), (middle, far)]
     return both if rng.random() < 0.5 else both[::-1]
 

@@ -89,9 +89,14 @@ def tokenize_each(
     jobs: Sequence[tuple[str | Path, str | Path]], tokenizer: str | Path, *, name: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """`tokenize` of several (data, out), two at a time in processes of one thread each; the counts in their order."""
-    with ProcessPoolExecutor(2, get_context("spawn"), begin_worker) as pool:
+    with workers() as pool:
         for done in [pool.submit(tokenize, data, tokenizer, out, name=name) for data, out in jobs]:
             yield done.result()
+
+
+def workers() -> ProcessPoolExecutor:
+    """Two processes of one thread each."""
+    return ProcessPoolExecutor(2, get_context("spawn"), begin_worker)
 
 
 def begin_worker(threads: int = 1) -> None:
