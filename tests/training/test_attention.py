@@ -1,9 +1,11 @@
 """Attention document by document beside the same rows under one mask: equal logits, equal gradients."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from unitok.data.packing import collate, share_prefixes
 from unitok.data.render import IMAGE, TEXT, Rendered
@@ -16,7 +18,10 @@ MODELS = {
     "qwen3": Qwen3Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
-WINDOWED = Gemma3TextConfig(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+WINDOWED = {
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+}
 
 
 def document(length, seed, codes=0):
@@ -61,18 +66,28 @@ def test_it_computes_what_one_mask_computes(name):
     assert (leaking - wanted).abs().max() > 1e-3
 
 
-def test_documents_longer_than_the_window_of_a_model_get_what_they_get_alone():
+@pytest.mark.parametrize("by_document", [True, False])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_documents_longer_than_the_window_of_a_model_get_what_they_get_alone(name, by_document):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(WINDOWED, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(WINDOWED[name], attn_implementation="sdpa").eval()
     batch, (first, second) = packed(), asked()
     with torch.no_grad():
         alone = [model(input_ids=torch.from_numpy(d.ids)[None]).logits[0] for d in (document(9, 3), first, second)]
-        assert attention.use(model)
-        with attention.documents(batch):
-            row = model(**batch.inputs(masked=False)).logits[0]
+        if by_document:
+            assert attention.use(model)
+        with attention.documents(batch) if by_document else contextlib.nullcontext():
+            row = model(**batch.inputs(not by_document, attention.windows(model))).logits[0]
+            far = model(**batch.inputs()).logits[0]
     torch.testing.assert_close(row[:9], alone[0])
     torch.testing.assert_close(row[9:21], alone[1])
     torch.testing.assert_close(row[21:25], alone[2][6:])
+    assert (far - row)[9:25].abs().max() > 1e-3  # a mask that says nothing of the window
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_that_see_all_have_no_window(name):
+    assert attention.windows(AutoModelForCausalLM.from_config(MODELS[name])) == {"": None}
 
 
 def test_it_ends_where_an_exception_leaves_it():

@@ -13,9 +13,10 @@ Shapes: B rows, T ids a row, L ids a document, D documents, S ids of all documen
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -44,25 +45,37 @@ class PackedBatch:
     def to(self, device) -> PackedBatch:
         return PackedBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-    def inputs(self, masked: bool = True) -> dict[str, object]:
+    def inputs(
+        self, masked: bool = True, windows: Mapping[str, int | None] = MappingProxyType({"": None})
+    ) -> dict[str, object]:
         """Arguments of a Hugging Face causal LM under which no document sees another, and no branch another.
 
-        masked=False: of one whose attention keeps branches apart without a mask.
+        masked=False: of one whose attention keeps branches apart without a mask. windows: how far each kind of layer
+        sees (`attention.windows`): a mask that is given replaces the one in which transformers would say so.
         """
         inputs: dict[str, object] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
         if masked and self.branch.any():
-            inputs["attention_mask"] = self.mask()
+            masks = {kind: self.mask(window) for kind, window in windows.items()}
+            inputs["attention_mask"] = masks.get("", masks)
         return inputs
 
-    def mask(self) -> Tensor:
+    def mask(self, window: int | None = None) -> Tensor:
         """float32 [B, 1, T, T] to add to attention scores: eager attention takes no boolean one."""
         same = self.document[:, :, None] == self.document[:, None, :]  # [B, T, T]
-        return additive(same & seen(self.branch))[:, None]
+        allowed = same & seen(self.branch)
+        if window is not None:
+            allowed &= near(self.positions, window)
+        return additive(allowed)[:, None]
 
 
 def seen(branch: Tensor) -> Tensor:
     """int64 [..., L], the branches of one document -> bool [..., L, L], what each of its ids sees."""
     return ((branch[..., None, :] == 0) | (branch[..., :, None] == branch[..., None, :])).tril()
+
+
+def near(positions: Tensor, window: int) -> Tensor:
+    """int64 [..., L], positions in a document -> bool [..., L, L]: less than `window` before, or behind."""
+    return positions[..., :, None] - positions[..., None, :] < window
 
 
 def additive(allowed: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from unitok.data.packing import PackedBatch, additive, seen
+from unitok.data.packing import PackedBatch, additive, near, seen
 
 NAME = "unitok_documents"
+SLIDING = "sliding_attention"  # transformers' name of a layer with a window
 
 
 class Cuts(NamedTuple):
@@ -48,6 +49,17 @@ def use(model: Any) -> bool:
     AttentionMaskInterface.register(NAME, _mask)
     base.set_attn_implementation(NAME)
     return bool(base.config._attn_implementation == NAME)
+
+
+def windows(model: Any) -> dict[str, int | None]:
+    """How many ids the layers of a model see, None: all; by their kind as transformers names it, "" where it is one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [SLIDING])
+    if len(kinds) == 1:
+        return {"": window if kinds == {SLIDING} else None}
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
 
 
 @contextlib.contextmanager
@@ -98,5 +110,4 @@ def _within(window: int, positions: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of a document of which an id sees itself and window - 1 before it."""
     if mask is None:
         mask = additive(seen(torch.zeros_like(positions)))[None, None]
-    near = positions[:, None] - positions[None] < window  # [L, L]
-    return torch.minimum(mask, additive(near))
+    return torch.minimum(mask, additive(near(positions, window)))

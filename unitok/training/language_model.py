@@ -298,7 +298,7 @@ class _Trainer(Trainer):
         )
         self.recipe, self.processes, self.batches = recipe, processes, batches
         self.chosen = ChosenPositions(model)
-        self.by_document = attention.use(model)
+        self.by_document, self.windows = attention.use(model), attention.windows(model)
         self.monitor: Any = None  # a _Monitor, from when training begins
         super().__init__(model=model, args=args)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -343,7 +343,7 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs: Any, return_outputs: bool = False, num_items_in_batch=None):  # inputs: a Step
         with self.chosen(inputs.chosen):
-            outputs = model(**inputs.batch.inputs(masked=not self.by_document))
+            outputs = model(**inputs.batch.inputs(not self.by_document, self.windows))
         loss, losses, modality = step_loss(outputs.logits[0], inputs)
         self.sums.index_add_(0, modality, torch.stack([losses, torch.ones_like(losses)], dim=1))
         loss = loss * self.processes.world  # gradients are averaged over processes
