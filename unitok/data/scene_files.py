@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,9 @@ def _write_training(
         found = ((name, text) for name, scene in read for text in findings(scene, rng, rounds))
         _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
         worded = not setting.beside  # at fixed places things are found in one order of words first
-        kinds = {"places": partial(places, worded=worded), "sides": sides, "bindings": partial(bindings, worded=worded)}
+        kinds: dict[str, Callable[[Scene], list[str]]] = {
+            "places": partial(places, worded=worded), "sides": sides, "bindings": partial(bindings, worded=worded)
+        }  # fmt: skip
         for file, said in kinds.items():
             found = ((name, text) for name, scene in read for text in said(scene))
             _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
