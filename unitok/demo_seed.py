@@ -1,6 +1,6 @@
 """SEED end to end on scenes, from nothing: `unitok demo --tokenizer seed`. No weights of it are shipped.
 
-    data         scenes; no held-out pair in training
+    data         scenes whose things stand at fixed places; no held-out pair in training
     clip         a small CLIP, frozen from here on: what sees, and what the image embedding is
     contrastive  the causal Q-Former: pictures and captions find each other
     codes        the codebook, and the way back to CLIP's image embedding
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from unitok.model import UnifiedModel
     from unitok.tokenizers.base import ImageTokenizer
 
-HERE = Path("out/seed")  # where the recipes have everything
+HERE = Path("out/placed")  # where the recipes have everything
 PICTURES = {"train": 20_000, "validation": 1024, "test": 600}
 CAPTIONS = 4  # of each training picture
 NAME = "seed"
 CLIP, CONTRASTIVE, CODES, PAINTER, LANGUAGE = (
-    "training/scene_clip.yaml",
+    "training/placed_clip.yaml",
     "tokenizers/scenes_seed_contrastive.yaml",
     "tokenizers/scenes_seed.yaml",
     "training/scenes_unclip.yaml",
@@ -93,7 +93,7 @@ class SeedDemo:
     def data(self) -> None:
         from unitok.data.scene_files import write_scenes
 
-        write_scenes(self.out / "data", setting="base", pictures=self.pictures, captions=CAPTIONS, seed=0)
+        write_scenes(self.out / "data", setting="placed", pictures=self.pictures, captions=CAPTIONS, seed=0)
 
     def train(self, file: str, *, processes: int = PROCESSES) -> None:
         """A recipe of the root folders with everything in `out`, as processes of their own.
