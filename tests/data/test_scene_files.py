@@ -65,6 +65,8 @@ def test_at_fixed_places_things_are_found_in_one_order_of_words(folder, tmp_path
     for name, order in (("places", r"seen from .*"), ("bindings", r"the \w+( object)? is .*")):
         assert said(fixed, name) and all(re.fullmatch(order, text) for text in said(fixed, name))
         assert any(not re.fullmatch(order, text) for text in said(folder, name))
+    seen = {text for text in said(fixed, "findings") if "seen from" in text}
+    assert seen and all(text.startswith("seen from") for text in seen)
 
 
 def test_what_is_given_is_not_learnt(folder):

@@ -16,7 +16,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -45,17 +44,15 @@ class PackedBatch:
     def to(self, device) -> PackedBatch:
         return PackedBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-    def inputs(
-        self, masked: bool = True, windows: Mapping[str, int | None] = MappingProxyType({"": None})
-    ) -> dict[str, object]:
+    def inputs(self, masked: bool = True, windows: Mapping[str, int | None] | None = None) -> dict[str, object]:
         """Arguments of a Hugging Face causal LM under which no document sees another, and no branch another.
 
         masked=False: of one whose attention keeps branches apart without a mask. windows: how far each kind of layer
-        sees (`attention.windows`): a mask that is given replaces the one in which transformers would say so.
+        sees (`attention.windows`), default all: a given mask replaces the one in which transformers would say so.
         """
         inputs: dict[str, object] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
         if masked and self.branch.any():
-            masks = {kind: self.mask(window) for kind, window in windows.items()}
+            masks = {kind: self.mask(window) for kind, window in (windows or {"": None}).items()}
             inputs["attention_mask"] = masks.get("", masks)
         return inputs
 

@@ -33,11 +33,9 @@ held-out pair; `test_seen` holds train pairs only.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,17 +209,17 @@ def _write_training(
         rows = (_ordered_row(name, choice(thing, rng), "text") for name, thing in single)
         _write(out / "train_choices.jsonl", rows)
     if rounds:
-        found = ((name, text) for name, scene in read for text in findings(scene, rng, rounds))
-        _write(out / "train_findings.jsonl", itertools.starmap(_found_row, found))
         worded = not setting.beside  # at fixed places things are found in one order of words first
         kinds: dict[str, Callable[[Scene], list[str]]] = {
-            "places": partial(places, worded=worded), "sides": sides, "bindings": partial(bindings, worded=worded)
-        }  # fmt: skip
-        for file, said in kinds.items():
-            found = ((name, text) for name, scene in read for text in said(scene))
-            _write(out / f"train_{file}.jsonl", itertools.starmap(_found_row, found))
-        found = ((name, text) for name, scene in read for text in truths(scene, rng))
-        _write(out / "train_truths.jsonl", itertools.starmap(_found_row, found))
+            "findings": lambda scene: findings(scene, rng, rounds, worded),
+            "places": lambda scene: places(scene, worded),
+            "sides": sides,
+            "bindings": lambda scene: bindings(scene, worded),
+            "truths": lambda scene: truths(scene, rng),
+        }
+        for kind, said in kinds.items():
+            found = (_found_row(name, text) for name, scene in read for text in said(scene))
+            _write(out / f"train_{kind}.jsonl", found)
 
 
 def _asked(scene: Scene, rounds: int, rng: np.random.Generator) -> list[Question]:

@@ -124,10 +124,10 @@ def truths(scene: Scene, rng: np.random.Generator) -> list[str]:
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3) -> list[str]:
-    """What so many rounds of questions about a scene find, and its places; each once, in random order."""
+def findings(scene: Scene, rng: np.random.Generator, rounds: int = 3, worded: bool = True) -> list[str]:
+    """What so many rounds of questions about a scene find, and its `places`; each once, in random order."""
     asked = [finding(q) for _ in range(rounds) for q in questions(scene, rng)]
-    found = [*dict.fromkeys([*asked, *places(scene)])]
+    found = [*dict.fromkeys([*asked, *places(scene, worded)])]
     return [found[i] for i in rng.permutation(len(found))]
 
 

@@ -110,6 +110,11 @@ def ends(model: PreTrainedModel) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT one; itself where it is in none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def new_rows(vocab: JointVocab, name: str | None = None) -> list[int]:
     """Sorted ids of the rows that expansion added (controls, spares, codes); of one tokenizer where `name` is given."""
     ids: set[int] = set()

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from unitok.data.packing import PackedBatch, additive, near, seen
+from unitok.lm.expand import unwrapped
 
 NAME = "unitok_documents"
 SLIDING = "sliding_attention"  # transformers' name of a layer with a window
@@ -42,7 +43,7 @@ def use(model: Any) -> bool:
 
     Everything else it computes as before.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     if base.config._attn_implementation != "sdpa" or base.get_input_embeddings().weight.device.type != "cpu":
         return False
     AttentionInterface.register(NAME, _attention)
@@ -53,13 +54,12 @@ def use(model: Any) -> bool:
 
 def windows(model: Any) -> dict[str, int | None]:
     """How many ids the layers of a model see, None: all; by their kind as transformers names it, "" where it is one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config.get_text_config()
+    config = unwrapped(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [SLIDING])
-    if len(kinds) == 1:
-        return {"": window if kinds == {SLIDING} else None}
-    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+    if window is None or SLIDING not in kinds:
+        return {"": None}
+    return {kind: window if kind == SLIDING else None for kind in kinds} if len(kinds) > 1 else {"": window}
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from unitok.data.packing import IGNORE, PackedBatch, Store, Stream
 from unitok.data.render import IMAGE, TEXT, Template
 from unitok.lm.adapters import CONFIG as ADAPTER_CONFIG
 from unitok.lm.adapters import add_adapter, is_adapter
-from unitok.lm.expand import copy_image_parts, open_lm
+from unitok.lm.expand import copy_image_parts, open_lm, unwrapped
 from unitok.lm.text import copy_text_tokenizer, load_text_tokenizer
 from unitok.manifest import FILE, Manifest
 from unitok.training import attention
@@ -239,9 +239,8 @@ class ChosenPositions:
     """Lets only chosen positions through the output layer of a model: logits become [1, K, V] while they are set."""
 
     def __init__(self, model: Any):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.chosen: Tensor | None = None
-        base.get_output_embeddings().register_forward_pre_hook(self._select)
+        unwrapped(model).get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple) -> tuple | None:
         if self.chosen is None:
