@@ -11,7 +11,7 @@ import pytest
 from unitok.checkpoint import open_folder
 from unitok.data.render import Template, question_parts, render
 from unitok.data.scene_files import BEHIND, write_readings, write_scenes
-from unitok.data.scenes import COLOURS, HELD_OUT, SHAPES
+from unitok.data.scenes import COLOURS, HELD_OUT, MORE_COLOURS, SHAPES
 from unitok.data.schema import codes_part, parse_row
 from unitok.lm.text import load_text_tokenizer
 
@@ -40,6 +40,16 @@ def test_no_training_file_names_a_held_out_pair(folder):
         assert text and not any(pair in text for pair in SPELLED), name
         assert ("?" in text) == (name in ("train_questions", "train_shots")), name
     assert any(pair in (folder / "test_prompts.jsonl").read_text() for pair in SPELLED)
+
+
+def test_more_colours_are_those_of_training_pictures_alone(tmp_path):
+    out = write_scenes(tmp_path, setting="placed", pictures={"train": 200, "validation": 60, "test": 60}, captions=2)
+    told = {row["image"]: set(row["text"].split()) for row in rows(out, "train_captions")}
+    assert 60 < sum(bool(words & set(MORE_COLOURS)) for words in told.values()) < 100
+    for file in out.glob("*.jsonl"):
+        text = file.read_text()
+        assert any(colour in text for colour in MORE_COLOURS) == file.name.startswith("train_"), file.name
+        assert file.name.startswith("train_") != any(pair in text for pair in SPELLED), file.name
 
 
 def test_what_reads_a_picture_of_two_things_could_have_their_colours_exchanged(folder):

@@ -32,6 +32,15 @@ KINDS = {
     "U-Net": {**CODES, **UNET, "learned_variance": True},
     "codes in context": {"codebook_sizes": [16], "grid": [4], "codes_as": "context"},
     "one vector": {"vector_size": 5},
+    "one vector as patches": {"vector_size": 5, "vectors_as": "patches"},
+    "U-Net, codes in context, a vector as patches": {
+        **UNET,
+        "codebook_sizes": [16],
+        "grid": [4],
+        "codes_as": "context",
+        "vector_size": 5,
+        "vectors_as": "patches",
+    },
     "vectors": {**UNET, "vector_size": 5, "vectors_as": "context"},
     "codes and a vector": {**CODES, "vector_size": 5},
     "texts": {"text_model": "text"},
@@ -87,7 +96,7 @@ def condition_for(detokenizer, seed=0):
     if "codes" in detokenizer.takes:
         condition.codes, condition.grid = torch.randint(16, (3, 4), generator=g), detokenizer.code_grid
     if "vectors" in detokenizer.takes:
-        condition.vectors = torch.randn(3, 1 if detokenizer.vectors_as == "time" else 4, 5, generator=g)
+        condition.vectors = torch.randn(3, 4 if detokenizer.vectors_as == "context" else 1, 5, generator=g)
     if "texts" in detokenizer.takes:
         words = [["a red circle", "two squares", ""], ["a blue circle on the left", "one square", "a star"]]
         condition.texts = words[seed]
@@ -377,6 +386,8 @@ def test_a_student_learns_the_guided_teacher():
         ({**CODES, "guidance_interval": [0.5, 0.2]}, "guidance_interval must be two rising numbers"),
         ({**CODES, "drop": 1.0}, "drop must be"),
         ({**CODES, "min_snr": 0}, "min_snr must be above 0"),
+        ({**CODES, "least_snr": 1.0}, "least_snr must be 0 to min_snr"),
+        ({**CODES, "min_snr": 5.0, "least_snr": 6.0}, "least_snr must be 0 to min_snr"),
     ],
 )
 def test_choices_that_do_not_go_together(arguments, message):

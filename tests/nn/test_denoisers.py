@@ -14,6 +14,14 @@ ROUTES = {
     "coarser codes": {"codebook_sizes": [8, 5], "grid": [2, 2, 2]},
     "codes as context": {"codebook_sizes": [8], "grid": [6], "codes_as": "context"},
     "one vector": {"vector_size": 7},
+    "one vector as patches": {"vector_size": 7, "vectors_as": "patches", "places": [4, 4]},
+    "codes and a vector as patches": {
+        "codebook_sizes": [8],
+        "grid": [8, 8],
+        "vector_size": 7,
+        "vectors_as": "patches",
+        "places": [4, 4],
+    },
     "vectors as context": {"vector_size": 7, "vectors_as": "context"},
     "texts": {"text_size": 9},
     "everything": {"codebook_sizes": [8], "grid": [4, 4], "vector_size": 7, "text_size": 9},
@@ -43,7 +51,7 @@ def parts_for(conditioner: Conditioner, seed: int = 0) -> dict:
     g = torch.Generator().manual_seed(seed)
     parts = {}
     if "codes" in conditioner.parts:
-        sizes, places = conditioner.sizes, int(torch.tensor(conditioner.places).prod())
+        sizes, places = conditioner.sizes, int(torch.tensor(conditioner.positions).prod())
         codes = [torch.randint(size, (2, places), generator=g) for size in sizes]
         parts["codes"] = torch.stack(codes, 2).flatten(1)
     if "vectors" in conditioner.parts:

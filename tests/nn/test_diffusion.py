@@ -420,6 +420,8 @@ def test_weighted_by_ratio_every_prediction_has_the_same_loss(prediction):
     meant = process.target(guess, t, (x - alpha * guess) / sigma)  # the prediction that says x0 is the guess
     error = (meant - process.target(x0, t, noise)).square().mean((1, 2, 3))
     ratio = (alpha / sigma).square().flatten()
-    expected = ratio.clamp(max=5) * (guess - x0).square().mean((1, 2, 3))
-    assert torch.allclose(process.min_snr_weight(t, 5.0).double() * error, expected, rtol=1e-4)
+    of_x0 = (guess - x0).square().mean((1, 2, 3))
+    for least in (0.0, 1.0):
+        expected = ratio.clamp(least, 5) * of_x0
+        assert torch.allclose(process.min_snr_weight(t, 5.0, least).double() * error, expected, rtol=1e-4)
     assert ratio.max() > 5 > ratio.min()

@@ -47,6 +47,7 @@ from unitok.data.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
+    MORE_PAIRS,
     NUMBERS,
     OPPOSITE,
     PAIRS,
@@ -117,9 +118,9 @@ def write_scenes(
     base = SETTINGS[setting]
     drawn_as = replace(base, image_size=image_size)
 
-    for index, (split, limits) in enumerate(SPLITS.items()):
+    for index, split in enumerate(SPLITS):
         rng = np.random.default_rng([seed, index])
-        scenes = [random_scene(rng, drawn_as, **limits) for _ in range(pictures[split])]
+        scenes = [random_scene(rng, drawn_as, **_limits(split, drawn_as, rng)) for _ in range(pictures[split])]
         names = list(_draw(scenes, out, split))
         if not scenes:
             continue
@@ -132,6 +133,13 @@ def write_scenes(
             _write_scored(out, split, scenes, names, rng)
     write_json(out / DONE, asked)
     return out
+
+
+def _limits(split: str, setting: Setting, rng: np.random.Generator) -> dict[str, Any]:
+    """Which pairs the next picture of the split shows."""
+    if split == "train" and setting.more and rng.random() < setting.more:
+        return {"pairs": MORE_PAIRS}
+    return SPLITS[split]
 
 
 def write_readings(folder: str | Path, seed: int = 0) -> Path:

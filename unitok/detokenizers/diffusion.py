@@ -43,6 +43,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         learned_variance: predict the variance of ancestral steps as well: L_simple + 0.001 L_vlb.
         timestep_sampling: of the levels in training, "uniform" or "importance".
         min_snr: weigh them in the loss by the signal-to-noise ratio up to this one (published: 5); None: all the same.
+        least_snr: with min_snr, and down to this one: 1 where the condition says most of what is drawn.
         sampler: "ddim", "ddpm", or "flow", which flow alone can have; None: ddim or flow.
         steps: of sampling.
         guidance: the scale to use unless told otherwise; for callers, who pass it to `generate`.
@@ -52,7 +53,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         codebook_sizes, grid: of the codes: positions, then sub-tokens.
         codes_as: "patches" (aligned with the picture) or "context" (attended to; the one way for 1-D grids).
         vector_size: D.
-        vectors_as: "time" (M = 1) or "context".
+        vectors_as: "time" (M = 1), "patches" (M = 1: in the time and spread over the picture) or "context".
         text_model: folder or Hub id of a CLIPTextModel with its tokenizer.
         text_trained: train it too, and keep it in the folder; else it stays frozen, by name.
         vae: folder or Hub id of a diffusers VAE, frozen: diffusion runs in its latents.
@@ -77,6 +78,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         learned_variance: bool = False,
         timestep_sampling: str = "uniform",
         min_snr: float | None = None,
+        least_snr: float = 0.0,
         sampler: str | None = None,
         steps: int = 50,
         guidance: float = 1.0,
@@ -97,7 +99,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         super().__init__()
         self.process = Process(prediction, schedule, timesteps)
         sampler = sampler or ("flow" if prediction == "flow" else "ddim")
-        self.learned_variance, self.min_snr = learned_variance, min_snr
+        self.learned_variance, self.min_snr, self.least_snr = learned_variance, min_snr, least_snr
         self._check_choices(body, sampler, timestep_sampling, codes_as, vectors_as, guidance_interval, drop)
         self._check_codes(codebook_sizes, grid, codes_as)
         self.process.grid(steps)
@@ -110,19 +112,23 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         if text_model is not None:
             text_encoder, self.text_tokenizer = open_text_model(text_model, text_revision)
             text_size = text_encoder.config.hidden_size
-        self.conditioner = Conditioner(width, codebook_sizes, grid, codes_as, vector_size, vectors_as, text_size)
+        vae_model = None if vae is None else open_vae(vae, vae_revision)
+        with torch.no_grad():
+            self.shape = tuple(to_latents(vae_model, torch.zeros(1, 3, image_size, image_size)).shape[1:])  # C, H, W
+        channels, side = self.shape[0], self.shape[1]
+        coarse = side // (2 ** (len(unet_channels) - 1) if body == "unet" else patch_size)
+        self.conditioner = Conditioner(
+            width, codebook_sizes, grid, codes_as, vector_size, vectors_as, text_size, (coarse, coarse)
+        )
         if not self.conditioner.parts:
             raise ValueError("a diffusion detokenizer needs codebook_sizes and grid, vector_size or text_model")
         self.takes = frozenset(self.conditioner.parts)
         if text_model is not None:
             self.text_encoder = text_encoder
             frozen += [] if text_trained else ["text_encoder"]
-        self.vae = None if vae is None else open_vae(vae, vae_revision)
+        self.vae = vae_model
         self.freeze(*frozen, *([] if vae is None else ["vae"]))
-        with torch.no_grad():
-            self.shape = tuple(to_latents(self.vae, torch.zeros(1, 3, image_size, image_size)).shape[1:])  # C, H, W
         self.clip = clip_sample and self.vae is None
-        channels, side = self.shape[0], self.shape[1]
         sizes = (channels, channels * (1 + learned_variance), side)
         c = self.conditioner
         places = c.places if c.has_patches else None
@@ -155,7 +161,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             "sampler": (sampler, ("flow",) if self.process.prediction == "flow" else ("ddim", "ddpm")),
             "timestep_sampling": (times, ("uniform", "importance")),
             "codes_as": (codes_as, ("patches", "context")),
-            "vectors_as": (vectors_as, ("time", "context")),
+            "vectors_as": (vectors_as, ("time", "patches", "context")),
         }
         for name, (value, known) in choices.items():
             if value not in known:
@@ -166,6 +172,8 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             raise ValueError("flow has no variance to learn: its samplers draw no noise")
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"min_snr must be above 0, got {self.min_snr}")
+        if not 0 <= self.least_snr <= (self.min_snr or 0):
+            raise ValueError(f"least_snr must be 0 to min_snr, {self.min_snr}, got {self.least_snr}")
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be 0 or more and below 1, got {drop}")
 
@@ -198,9 +206,9 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
             if ((codes < 0) | (codes.unflatten(1, (-1, len(each))) >= each).flatten(1)).any():
                 raise ValueError(f"condition codes must be 0 or more and below {self.conditioner.sizes}")
         if "vectors" in self.takes and vectors is not None:
-            count = 1 if self.vectors_as == "time" else vectors.shape[1]
+            count = vectors.shape[1] if self.vectors_as == "context" else 1
             if vectors.shape[1:] != (count, self.vector_size):
-                many = "1" if self.vectors_as == "time" else "M"
+                many = "M" if self.vectors_as == "context" else "1"
                 raise ValueError(f"condition vectors must be [B, {many}, {self.vector_size}], got "
                                  f"{tuple(vectors.shape)}")  # fmt: skip
 
@@ -333,7 +341,7 @@ class DiffusionDetokenizer(Frozen, Detokenizer):
         each = (output[:, : x.shape[1]] - self.process.target(x0, t, noise)).square().mean((1, 2, 3))
         parts = {"mse": each.detach().mean()}
         if self.min_snr is not None:
-            each = each * self.process.min_snr_weight(t, self.min_snr)
+            each = each * self.process.min_snr_weight(t, self.min_snr, self.least_snr)
         if self.learned_variance:
             bound = diffusion.variational_bound(self.process, x0, x, t, output)
             parts["bits"] = (weights * bound).detach().mean() * self.process.timesteps

@@ -66,16 +66,18 @@ class Conditioner(nn.Module):
     """Codes, vectors and texts -> Hints. Each part has a learned null, which stands where it is missing or dropped.
 
     Codes: an embedding a sub-token, summed; "patches" keeps their places, "context" gives each position one of its own.
-    Vectors: normalised, two layers; one of them is added to the time ("time"), or any number are attended to
-    ("context"). Texts: hidden states of a text encoder, one layer, attended to.
+    Vectors: normalised, two layers; one of them is added to the time ("time") and, with "patches", spread over places
+    by one more layer, as in generators of pictures from a vector (Radford et al. 2016, arXiv 1511.06434); or any number
+    are attended to ("context"). Texts: hidden states of a text encoder, one layer, attended to.
 
     Args:
         width: F.
         codebook_sizes, grid: of the codes; positions, then sub-tokens. One size stands for every sub-token.
         codes_as: "patches" or "context".
         vector_size: D of the vectors.
-        vectors_as: "time" or "context".
+        vectors_as: "time", "patches" or "context".
         text_size: of the hidden states.
+        places: h, w that a vector is spread over; theirs where codes are patches.
     """
 
     offsets: Tensor
@@ -91,27 +93,33 @@ class Conditioner(nn.Module):
         vector_size: int | None = None,
         vectors_as: str = "time",
         text_size: int | None = None,
+        places: Sequence[int] | None = None,
     ):
         super().__init__()
         self.width, self.codes_as, self.vectors_as = width, codes_as, vectors_as
         self.parts: list[str] = []
         self.null = nn.ParameterDict()
+        self.places = tuple(places or ())  # of what stands at places
         if codebook_sizes is not None:
             assert grid is not None
             self._add("codes")
-            self.places, subs = tuple(grid[:2]), math.prod(grid[2:])
+            self.positions, subs = tuple(grid[:2]), math.prod(grid[2:])
+            if codes_as == "patches":
+                self.places = self.positions
             sizes = list(codebook_sizes) * (subs if len(codebook_sizes) == 1 else 1)
             self.sizes = sizes
             self.code_embedding = nn.Embedding(sum(sizes), width)
             nn.init.normal_(self.code_embedding.weight, std=subs**-0.5)
             self.register_buffer("offsets", torch.tensor([0, *sizes[:-1]]).cumsum(0), persistent=False)
             if codes_as == "context":
-                self.code_positions = nn.Parameter(torch.randn(math.prod(self.places), width) * 0.02)
+                self.code_positions = nn.Parameter(torch.randn(math.prod(self.positions), width) * 0.02)
         if vector_size is not None:
             self._add("vectors")
             self.register_buffer("mean", torch.zeros(vector_size))
             self.register_buffer("std", torch.ones(vector_size))
             self.vector_in = nn.Sequential(nn.Linear(vector_size, width), nn.SiLU(), nn.Linear(width, width))
+            if vectors_as == "patches":
+                self.spread = nn.Linear(width, math.prod(self.places) * width)
         if text_size is not None:
             self._add("texts")
             self.text_in = nn.Linear(text_size, width)
@@ -122,15 +130,19 @@ class Conditioner(nn.Module):
 
     @property
     def has_vector(self) -> bool:
-        return "vectors" in self.parts and self.vectors_as == "time"
+        return "vectors" in self.parts and self.vectors_as != "context"
 
     @property
     def has_patches(self) -> bool:
-        return "codes" in self.parts and self.codes_as == "patches"
+        return self._aligned or self.has_vector and self.vectors_as == "patches"
 
     @property
     def has_context(self) -> bool:
-        return len(self.parts) > self.has_vector + self.has_patches
+        return len(self.parts) > self.has_vector + self._aligned
+
+    @property
+    def _aligned(self) -> bool:
+        return "codes" in self.parts and self.codes_as == "patches"
 
     @torch.no_grad()
     def fit(self, vectors: Tensor) -> None:
@@ -159,7 +171,7 @@ class Conditioner(nn.Module):
         hints, contexts = Hints(), []
         if "codes" in self.parts:
             tokens = None if codes is None else self._codes(codes)
-            if self.has_patches:
+            if self._aligned:
                 tokens = self._fill("codes", tokens, (count, math.prod(self.places)), dropped)
                 hints.patches = tokens.transpose(1, 2).unflatten(2, self.places)
             else:
@@ -168,6 +180,9 @@ class Conditioner(nn.Module):
             tokens = None if vectors is None else self.vector_in((vectors - self.mean) / self.std)
             if self.has_vector:
                 hints.vector = self._fill("vectors", tokens, (count, 1), dropped)[:, 0]
+                if self.vectors_as == "patches":
+                    spread = self.spread(hints.vector).unflatten(1, (self.width, *self.places))
+                    hints.patches = spread if hints.patches is None else hints.patches + spread
             else:
                 tokens = None if tokens is None else tokens + _positions(tokens)
                 contexts.append(self._attended("vectors", tokens, None, count, dropped))

@@ -144,12 +144,15 @@ class Process:
         """Signal-to-noise ratio alpha^2 / sigma^2, float [B]."""
         return (self.alpha / self.sigma).square().float().to(t.device)[t]
 
-    def min_snr_weight(self, t: Tensor, most: float) -> Tensor:
+    def min_snr_weight(self, t: Tensor, most: float, least: float = 0.0) -> Tensor:
         """[B]: what makes an error of the prediction count as min(SNR, most) times one of x0 (Hang et al. 2023, arXiv
-        2303.09556). Errors of x0 alone, unweighted, hardly see the edges, which are drawn at high ratios."""
+        2303.09556), and never less than `least` times (Salimans and Ho 2022, arXiv 2202.00512, have 1).
+
+        Errors of x0 alone, unweighted, hardly see the edges, which are drawn at high ratios. At low ones it is the
+        condition that says what is there, and min(SNR, most) goes to 0."""
         snr, sigma = self.snr(t), self.sigma.float().to(t.device)[t]
         of_x0 = {"x0": torch.ones_like(snr), "epsilon": 1 / snr}.get(self.prediction, sigma.square())
-        return snr.clamp(max=most) * of_x0
+        return snr.clamp(least, most) * of_x0
 
     def posterior(self, x0: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(x_{t-1} | x_t, x0), Ho et al. 2020, eq. 7; at t = 0 the variance of t = 1."""
