@@ -244,7 +244,7 @@ def score_texts(folder: Path, data: Path, place: Path, after: bool, count: int) 
     lines: list[str] = []
     scores: list[Score] = []
     questions = subset(load_rows(_source(data, "test_questions"), "question"), count, 0)
-    train = load_rows(_source(data, "train_questions"), "question")
+    train = load_rows(_source(data, "train_questions"), "question") if after else []
     arms = {0: ("blind", "majority", "no_image", "shuffled_images"), 1: (), 4: ("permuted_shots",)}
     for shots, others in arms.items() if after else ((0, ()),):
         with _step(f"questions, {shots} shots", lines):

@@ -82,7 +82,7 @@ class SeedDemo:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"no {file} here: run this demo in the folder of the project")
         recipes = {file: [yaml.safe_load(Path(file).read_text()), *self.changes.get(file, ())] for file in RECIPES}
-        self.console.print("every stage is trained here, in one to two hours on 2 CPU cores; stopped, it goes on")
+        self.console.print("every stage is trained here, in about an hour on 2 CPU cores; stopped, it goes on")
         asked = config_hash({"recipes": recipes, "pictures": self.pictures})
         run_stages(self.out, stages, asked, self.seconds, self.console)
         self.console.print(f"{sum(self.seconds.values()):.0f} s in all")
