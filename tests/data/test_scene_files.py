@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from unitok.checkpoint import open_folder
 from unitok.data.render import Template, question_parts, render
 from unitok.data.scene_files import BEHIND, write_readings, write_scenes
-from unitok.data.scenes import COLOURS, HELD_OUT, MORE_COLOURS, SHAPES
+from unitok.data.scenes import COLOURS, HELD_OUT, MORE_COLOURS, SETTINGS, SHAPES
 from unitok.data.schema import codes_part, parse_row
 from unitok.lm.text import load_text_tokenizer
 
@@ -104,7 +105,7 @@ def test_choices_are_about_pictures_of_one_thing(folder):
         assert sum(option in said for option in options) == 1 and " and " not in said
 
 
-def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder):
+def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder, monkeypatch):
     before = (folder / "train_told.jsonl").stat().st_mtime_ns
     same = {
         "setting": "base",
@@ -119,6 +120,9 @@ def test_a_folder_made_otherwise_is_refused_and_the_same_is_left_alone(folder):
         write_scenes(folder, **{**same, "texts": 5})
     with pytest.raises(ValueError, match="unknown setting 'cubes'"):
         write_scenes(folder / "x", setting="cubes")
+    monkeypatch.setitem(SETTINGS, "base", replace(SETTINGS["base"], related=True))
+    with pytest.raises(ValueError, match=r"with drawn = .*'related': False"):  # the name stands for something else now
+        write_scenes(folder, **same)
 
 
 def test_readings_are_the_questions_with_a_true_caption_where_words_of_a_picture_stand(tmp_path):

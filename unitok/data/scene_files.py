@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ from unitok.data.statements import bindings, choice, facts, findings, places, si
 
 FOUND = "seen:"  # before a statement in train_findings.jsonl: it is no caption
 BEHIND = ": "  # between caption and question in train_read.jsonl: what a template has as image_suffix
-DONE = "scenes.json"  # written last: the arguments that made the folder
+DONE = "scenes.json"  # written last: the arguments that made the folder, and what the setting was then
 MAX_SHOTS = 4
 SPLITS: dict[str, dict[str, Any]] = {  # which pairs a split shows; seeds differ by position
     "eyes": {},
@@ -105,17 +105,19 @@ def write_scenes(
     """
     out = Path(out)
     pictures = {name: (pictures or {}).get(name, 0) for name in SPLITS}
-    asked = {"setting": setting, "image_size": image_size, "pictures": pictures, "captions": captions, "shots": shots,
-             "texts": texts, "seed": seed, "ordered": ordered, "rounds": rounds, "asks": asks}  # fmt: skip
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
+    base = SETTINGS[setting]
+    drawn = {field: list(value) if isinstance(value, tuple) else value for field, value in asdict(base).items()}
+    asked = {"setting": setting, "drawn": drawn, "image_size": image_size, "pictures": pictures, "captions": captions,
+             "shots": shots, "texts": texts, "seed": seed, "ordered": ordered, "rounds": rounds,
+             "asks": asks}  # fmt: skip
     if (out / DONE).exists():
         made = read_json(out / DONE)
         for key, value in asked.items():
             if made.get(key) != value:
                 raise ValueError(f"{out} holds scenes with {key} = {made.get(key)}, not {value}: choose another folder")
         return out
-    if setting not in SETTINGS:
-        raise ValueError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
-    base = SETTINGS[setting]
     drawn_as = replace(base, image_size=image_size)
 
     for index, split in enumerate(SPLITS):

@@ -97,8 +97,8 @@ class Setting:
     beside: the two things of a picture stand left and right or above and below, each in the middle of its half, and
     one alone in the middle.
     related: captions of two things always say how they stand to each other.
-    more: share of training pictures whose things come from MORE_PAIRS: what sees a shape in 17 colours knows it in an
-    18th, which a small network that sees it in five does not.
+    more: share of training pictures whose things come from MORE_PAIRS: what sees a shape in sixteen colours knows it
+    in another, which a small network that sees it in four or five does not.
     """
 
     counts: tuple[float, ...] = (0.5, 0.5)
